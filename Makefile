@@ -1,0 +1,88 @@
+# Everything runs in the environment .venv, which the first command creates. PYTHON is any Python >= 3.11 with pip.
+# TORCH may name another build, for instance TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON  ?= python3
+TORCH   ?= torch==2.13.0
+PROFILE ?= smoke
+JOBS    ?= 2
+BIN     := .venv/bin
+STAMP   := .venv/.installed
+HTML    := book/_build/html/index.html
+
+# One thread per process: several processes run at once, and sums do not depend on the number of threads.
+export OMP_NUM_THREADS ?= 1
+export PYTHONHASHSEED  ?= 0
+export HF_HUB_OFFLINE  ?= 1
+export MPLBACKEND      ?= Agg
+
+.PHONY: help setup test lint sync unit notebooks book reproduce stage html check-book readme serve clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+setup: $(STAMP)  ## create the environment in .venv
+
+$(STAMP): pyproject.toml constraints.txt settings.ini
+	@echo "== creating the environment in .venv (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel
+	@# torch first: what depends on it would otherwise choose the build
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[all]'
+	$(BIN)/python -m pip check
+	@touch $@
+
+test: setup lint sync unit notebooks  ## lint, notebooks in step with modules, pytest, every notebook executed
+	@echo "== all tests passed"
+
+lint: setup
+	@echo "== ruff"
+	$(BIN)/ruff check ibma tests book benchmarks data_prep
+
+sync: setup
+	@echo "== notebooks, modules, README and table of contents in step"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/sync.py
+	$(BIN)/python book/stage.py --check-readme
+	$(BIN)/python book/stage.py --check-toc
+
+notebooks: setup
+	@echo "== notebooks as tests"
+	PATH="$(CURDIR)/$(BIN):$$PATH" timeout 900 $(BIN)/nbdev_test --n_workers $(JOBS)
+
+# Last, so that its closing line ends the output of `make test`
+unit: setup
+	@echo "== pytest"
+	$(BIN)/python -m pytest -m "not slow and not cuda and not book"
+
+book: setup reproduce stage html check-book  ## run the experiments of a profile and build the book
+	@echo "== the book is at $(CURDIR)/$(HTML)"
+
+reproduce: setup  ## run the experiment notebooks: PROFILE=smoke|cpu|paper
+	@echo "== experiments, profile $(PROFILE)"
+	$(BIN)/ibma reproduce --profile $(PROFILE)
+
+stage: setup
+	@echo "== executing the pages"
+	$(BIN)/python book/stage.py --profile $(PROFILE)
+
+html: setup
+	@echo "== building the book"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter-book build book --all -W -n --keep-going -q
+
+check-book: setup
+	@echo "== checking the built book"
+	$(BIN)/python -m pytest -m book tests/test_book.py
+
+readme: setup  ## regenerate README.md from nbs/index.ipynb
+	$(BIN)/python book/stage.py --readme
+
+serve: setup  ## serve the built book on http://localhost:8000
+	$(BIN)/python -m http.server 8000 --directory book/_build/html
+
+clean:  ## remove what was built; keeps the environment and all results
+	rm -rf book/_build book/_staged build dist *.egg-info
