@@ -9,14 +9,14 @@ TORCH   ?= torch==2.13.0
 PROFILE ?= smoke
 JOBS    ?= 2
 BIN     := .venv/bin
-STAMP   := .venv/.installed
+# Named after the content of what it depends on: nbdev touches pyproject.toml without changing it
+STAMP   := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
 HTML    := book/_build/html/index.html
 
 # One thread per process: several processes run at once, and sums do not depend on the number of threads.
 export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED  ?= 0
 export HF_HUB_OFFLINE  ?= 1
-export MPLBACKEND      ?= Agg
 
 .PHONY: help setup test lint sync unit notebooks book reproduce stage html check-book readme serve clean
 .DEFAULT_GOAL := help
@@ -26,7 +26,7 @@ help:  ## show this list
 
 setup: $(STAMP)  ## create the environment in .venv
 
-$(STAMP): pyproject.toml constraints.txt settings.ini
+$(STAMP):
 	@echo "== creating the environment in .venv (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -35,14 +35,14 @@ $(STAMP): pyproject.toml constraints.txt settings.ini
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[all]'
 	$(BIN)/python -m pip check
-	@touch $@
+	@rm -f .venv/.installed*; touch $@
 
 test: setup lint sync unit notebooks  ## lint, notebooks in step with modules, pytest, every notebook executed
 	@echo "== all tests passed"
 
 lint: setup
 	@echo "== ruff"
-	$(BIN)/ruff check ibma tests book benchmarks data_prep
+	$(BIN)/ruff check .
 
 sync: setup
 	@echo "== notebooks, modules, README and table of contents in step"

@@ -117,8 +117,8 @@ class _Settings(nn.Module):
         dim: int = 512,  # width D of all representations
         bound: str = "paper",  # "paper" | "tight" | "released"
         multi_label: bool = False,  # targets are (n, labels) of 0/1 with NaN for unknown
-        temperature: float = 1.0,  # divides squared distances; the paper has 1
-        normalize: bool = False,  # unit-length representations and centroids
+        temperature: float = 2.0,  # divides squared distances; the paper has 1
+        normalize: bool = True,  # unit-length representations and centroids; the paper has False
         prototypes: str = "mean",  # "mean" (paper) | "learnable" (poster) | "ema"
         table: str = "label",  # "label" (paper, Eq. 10) | "optimal": the conditional of the assignments themselves
         refresh: str = "epoch",  # "epoch": you call observe() in a pass of its own | "streaming": training steps are observed

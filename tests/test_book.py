@@ -83,6 +83,14 @@ def test_math_and_figures_reach_the_page(page):
     assert all((BUILT / page).parent.joinpath(image).exists() for image in images)
 
 
+@every_page
+def test_a_page_that_plots_shows_a_figure(page):
+    # With a plotting backend that draws into the void the notebook runs and its figures are silently gone
+    staged = ROOT / "book" / f"{page}.ipynb"
+    if staged.exists() and re.search(r"plt\.subplots\(|\.plot\(", staged.read_text()):
+        assert re.search(r'<img\b[^>]*src="[^"]*_images/', rendered(page))
+
+
 def test_styles_ask_for_nothing_remote():
     for sheet in (BUILT / "_static").glob("*.css"):
         assert not re.search(r"@import[^;]*//|url\(\s*['\"]?(https?:)?//", sheet.read_text()), sheet.name
