@@ -13,9 +13,12 @@ from torch import Tensor, nn
 def stack_tokens(
     z: dict[str, Tensor] | list[Tensor],  # M representations of shape (n, D), in the order of the modalities
     mask: list[Tensor] | None = None,  # M masks of shape (n,), True where present; None: all present
+    num_modalities: int | None = None,  # the M that is expected
 ) -> tuple[Tensor, Tensor]:  # tokens (n, M, D), present (n, M)
     "Representations as a sequence of M tokens, absent ones zeroed. Raises ValueError when the shapes differ."
     z = list(z.values()) if isinstance(z, dict) else list(z)
+    if num_modalities not in (None, len(z)):
+        raise ValueError(f"built for {num_modalities} modalities, got {len(z)} representations; pass one per modality, with a mask where it is absent")
     if len({tuple(v.shape) for v in z}) != 1:
         raise ValueError(f"all modalities need representations of one shape (n, D), got {[tuple(v.shape) for v in z]}")
     tokens = torch.stack(z, 1)
@@ -37,6 +40,7 @@ class CrossModalAttention(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim={dim} must be a multiple of heads={heads}")
+        self.num_modalities = num_modalities
         self.modality_embedding = nn.Parameter(torch.randn(num_modalities, dim) * 0.02)
         self.attention = nn.MultiheadAttention(dim, heads, dropout, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_ratio * dim, dim))
@@ -44,12 +48,12 @@ class CrossModalAttention(nn.Module):
         self.project = nn.Linear(num_modalities * dim, dim)
 
     def forward(self, z, mask=None) -> Tensor:  # M x (n, dim), M x (n,) -> (n, dim)
-        tokens, present = stack_tokens(z, mask)
+        tokens, present = stack_tokens(z, mask, self.num_modalities)
         return self.project(self._block(tokens, present)[0].flatten(1))
 
     def attention_weights(self, z, mask=None) -> Tensor:  # (n, M, M)
         "Attention of each modality (row) to each (column), averaged over heads."
-        return self._block(*stack_tokens(z, mask), weights=True)[1]
+        return self._block(*stack_tokens(z, mask, self.num_modalities), weights=True)[1]
 
     def _block(self, tokens, present, weights=False):
         here = present.unsqueeze(-1)
@@ -64,10 +68,11 @@ class Concatenation(nn.Module):
 
     def __init__(self, num_modalities: int, dim: int = 512):
         super().__init__()
+        self.num_modalities = num_modalities
         self.project = nn.Linear(num_modalities * dim, dim)
 
     def forward(self, z, mask=None) -> Tensor:  # M x (n, dim), M x (n,) -> (n, dim)
-        return self.project(stack_tokens(z, mask)[0].flatten(1))
+        return self.project(stack_tokens(z, mask, self.num_modalities)[0].flatten(1))
 
 
 FUSIONS = {"attention": CrossModalAttention, "concat": Concatenation}

@@ -50,6 +50,8 @@ def ib_loss_fused(
     targets: Tensor,  # (n, *g, k) target weights; I(Z, Y) is taken over the samples whose target is known
 ) -> Tensor:  # scalar, nats
     "Plug-in IB loss of the fused representation, Σ_j I(Z, X^(j)) - I(Z, Y); groups averaged."
+    for x in (*phi_x, targets):
+        _check_pair(phi, x)
     known = targets.sum(-1, keepdim=True) > 0
     joint = torch.einsum("n...a,n...y->...ay", (phi * known).double(), targets.double())
     total = joint.sum((-2, -1), keepdim=True)
@@ -82,13 +84,13 @@ def alignment(
 ) -> Tensor:  # (n,) nats, groups averaged; never positive
     "Alignment term V_i of Theorem 3.1: φ_iᵀ (log Q) φ'_i (paper, Eq. 8). It needs no label of sample i."
     _check_pair(log_phi, log_phi_other)
-    expected = torch.einsum("...ay,n...y->n...a", log_q, log_phi_other.exp())
+    expected = torch.einsum("...ay,n...y->n...a", log_q.to(log_phi.dtype), log_phi_other.exp())
     return _mean_groups((log_phi.exp() * expected).sum(-1))
 
 
 def _check_pair(log_phi, other):
     if log_phi.shape != other.shape:
-        raise ValueError(f"log assignments must have the same shape, got {tuple(log_phi.shape)} and {tuple(other.shape)}")
+        raise ValueError(f"log assignments (and target weights) must have the same shape, got {tuple(log_phi.shape)} and {tuple(other.shape)}")
 
 # %% ../nbs/1_bound/03_ib_bound.ipynb #9c3f9117
 def ibb(
@@ -111,7 +113,7 @@ def label_alignment(
 ) -> Tensor:  # (n,) nats, known groups averaged; 0 for a sample with no known target
     "Fused alignment term Σ_a φ(Z_i, a) log Q[a, Y_i] (paper, Eq. 11, last line)."
     _check_pair(log_phi, targets)
-    expected = torch.einsum("...ay,n...y->n...a", log_q, targets.to(log_q.dtype))
+    expected = torch.einsum("...ay,n...y->n...a", log_q.to(log_phi.dtype), targets.to(log_phi.dtype))
     return _mean_known((log_phi.exp() * expected).sum(-1), targets)
 
 
@@ -129,6 +131,8 @@ def ibb_fused(
     log_q: Tensor,  # (*g, k, k) log table of Eq. (12)
 ) -> Tensor:  # (n,) nats, known groups averaged; 0 for a sample with no known target
     "Per-sample IBB of the fused representation for any number of modalities (paper, Eq. 11)."
+    for x in (*log_phi_x, targets):
+        _check_pair(log_phi, x)
     inputs = sum(_mean_known(_kl_logs(x, log_prior), targets) for x in log_phi_x)
     return inputs - label_alignment(log_phi, targets, log_q)
 

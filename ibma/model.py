@@ -8,11 +8,12 @@ __all__ = ['task_loss', 'ModelOutput', 'MultimodalModel']
 # %% ../nbs/3_model/04_model.ipynb #e11bd229
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data.core import Task
-from .encoders import make_encoder
+from .encoders import ENCODERS, make_encoder
 from .fusion import FUSIONS
 
 # %% ../nbs/3_model/04_model.ipynb #48e6d10c
@@ -58,6 +59,8 @@ class MultimodalModel(nn.Module):
             raise ValueError(f"fusion={fusion!r} is unknown; choose one of {sorted(FUSIONS)}")
         self.task, self.dim, self.modalities = task, dim, tuple(task.modalities)
         options = encoders or {}
+        if set(options) - set(ENCODERS):
+            raise ValueError(f"encoder options for unknown kinds {sorted(set(options) - set(ENCODERS))}; kinds of modality are {sorted(ENCODERS)}")
         self.encoders = nn.ModuleDict({name: make_encoder(m, dim, **options.get(m.kind, {})) for name, m in task.modalities.items()})
         self.fusion = FUSIONS[fusion](len(self.modalities), dim, **fusion_options)
         self.heads = nn.ModuleDict({name: nn.Linear(dim, task.num_classes) for name in (self.modalities if unimodal_heads else ())})
@@ -68,8 +71,14 @@ class MultimodalModel(nn.Module):
         if missing:
             raise KeyError(f"inputs lack modality {sorted(missing)}; for samples without it pass zeros and a mask that is False there")
         z = {name: encoder(inputs[name]) for name, encoder in self.encoders.items()}
-        fused = self.fusion(list(z.values()), [mask[name] for name in self.modalities] if mask else None)
+        fused = self.fusion(list(z.values()), self._masks(mask, z[self.modalities[0]]))
         return ModelOutput(z, fused, {name: head(z[name]) for name, head in self.heads.items()}, self.fused_head(fused))
+
+    def _masks(self, mask, like):
+        if not mask:
+            return None
+        everyone = torch.ones(len(like), dtype=torch.bool, device=like.device)
+        return [mask.get(name, everyone) for name in self.modalities]  # a modality left out of the mask is present everywhere
 
     def fit_inputs(self, batches) -> None:
         "Fit the input scaling of every encoder on the present samples of an iterable of `Batch`."

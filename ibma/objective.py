@@ -53,7 +53,7 @@ class _Observed(_Tables):
     def observe(self, features, log_phi, weights, present):
         for s, (z, log_p, here) in enumerate(zip(features, log_phi, present, strict=True)):
             w = weights * here.view(-1, *[1] * (weights.ndim - 1))
-            phi = log_p.detach().exp()
+            phi = log_p.detach().exp().to(w.dtype)
             self.feature_sums[s] += torch.einsum("n...a,nd->...ad", w, z.detach().to(w.dtype))
             self.counts[s] += w.sum(0)
             self.table_sums[s] += torch.einsum("n...a,n...y->...ay", phi, w)
@@ -61,7 +61,7 @@ class _Observed(_Tables):
             if hasattr(self, "pair_sums") and s < len(self.pair_sums):
                 for t, (other, there) in enumerate(zip(log_phi[:-1], present[:-1], strict=True)):
                     both = (here & there).view(-1, *[1] * (weights.ndim - 1))
-                    self.pair_sums[s, t] += torch.einsum("n...a,n...y->...ay", phi * both, other.detach().exp())
+                    self.pair_sums[s, t] += torch.einsum("n...a,n...y->...ay", phi * both, other.detach().exp().to(w.dtype))
 
 # %% ../nbs/3_model/03_objective.ipynb #1c526b12
 class _Refreshed(_Observed):
@@ -81,7 +81,8 @@ class _Refreshed(_Observed):
         self.log_prior.copy_(log_floored(_normalised(self.counts[-1], -1)))
         if hasattr(self, "pair_sums"):
             self.log_pair_table.copy_(log_floored(_normalised(sums["pair_sums"], -2), -2))
-        self.present.copy_(self.counts > 0)
+        seen = self.counts > 0
+        self.present.copy_(seen | ~seen.any(-1, keepdim=True))  # nothing known of a source or label: all its classes stay, alike
         if self.prototypes == "mean" or not self.initialised:
             self.centroids.data.copy_(sums["feature_sums"] / self.counts.clamp(min=1e-12).unsqueeze(-1))
         if not self._warned and not self.present[-1].all():
@@ -117,7 +118,7 @@ class _Settings(nn.Module):
         dim: int = 512,  # width D of all representations
         bound: str = "paper",  # "paper" | "tight" | "released"
         multi_label: bool = False,  # targets are (n, labels) of 0/1 with NaN for unknown
-        temperature: float = 2.0,  # divides squared distances; the paper has 1
+        temperature: float | None = None,  # divides squared distances; None: 2, and 1 for "released"; the paper has 1
         normalize: bool = True,  # unit-length representations and centroids; the paper has False
         prototypes: str = "mean",  # "mean" (paper) | "learnable" (poster) | "ema"
         table: str = "label",  # "label" (paper, Eq. 10) | "optimal": the conditional of the assignments themselves
@@ -133,6 +134,8 @@ class _Settings(nn.Module):
             raise ValueError(f"modalities={self.modalities} must be two or more different names, none of them 'fused'")
         if num_classes < (1 if multi_label else 2):
             raise ValueError(f"num_classes={num_classes}: a task needs two classes, or one label when multi_label=True")
+        if temperature is None:
+            temperature = 1.0 if bound == "released" else 2.0
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.num_classes, self.dim, self.bound, self.multi_label = num_classes, dim, bound, multi_label
@@ -169,7 +172,12 @@ class _Assigned(_Settings):
         unknown = set(mask or {}) - set(self.modalities)
         if unknown:
             raise KeyError(f"mask names unknown modalities {sorted(unknown)}; known: {sorted(self.modalities)}")
+        for name, value in (mask or {}).items():
+            if value.dtype != torch.bool or value.shape != everyone.shape:
+                raise ValueError(f"mask of {name!r} is {value.dtype} of shape {tuple(value.shape)}; it must be bool of shape {tuple(everyone.shape)}, True where present")
         present = [*((mask or {}).get(name, everyone) for name in self.modalities), everyone]
+        # Whatever stands in an absent row, NaN included, must not reach a product: 0 * NaN is NaN
+        features = [torch.where(here.unsqueeze(-1), f, 0.0) for f, here in zip(features, present, strict=True)]
         return features, weights, present
 
     def _assign(self, features):
@@ -192,12 +200,13 @@ class _Terms(_Assigned):
             if other == j:
                 continue
             both = (present[j] & present[other]).to(log_phi[j].dtype)
-            total, partners = total + both * self._pair(j, other, log_phi), partners + both
+            total, partners = total + both * self._pair(j, other, log_phi, both), partners + both
         return _mean_where(total / partners.clamp(min=1), partners > 0)
 
-    def _pair(self, j, other, log_phi):  # (n,)
+    def _pair(self, j, other, log_phi, both):  # (n,)
         if self.bound == "released":  # the batch's own soft co-occurrence, with its gradient
-            joint = torch.einsum("n...a,n...y->...ay", log_phi[j].exp(), log_phi[other].exp())
+            here = both.view(-1, *[1] * (log_phi[j].ndim - 1))
+            joint = torch.einsum("n...a,n...y->...ay", log_phi[j].exp() * here, log_phi[other].exp())
             log_q = log_floored(_normalised(joint, -2), -2)
         else:
             log_q = self.statistics.log_pair_table[j, other] if self.table == "optimal" else self.statistics.log_table[j]
