@@ -30,10 +30,11 @@ $(STAMP):
 	@echo "== creating the environment in .venv (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel
 	@# torch first: what depends on it would otherwise choose the build
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[all]'
+	@# constraints.txt names every package, so there is nothing to resolve
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	$(BIN)/python -m pip check
 	@rm -f .venv/.installed*; touch $@
 

@@ -1,7 +1,9 @@
 """The public surface: every module imports, names what it exports, and documents it."""
-import importlib
+import importlib.util
 import inspect
 import pkgutil
+import warnings
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,14 @@ def test_everything_exported_exists_and_has_a_docstring(name):
         value = getattr(module, public)
         if inspect.isfunction(value) or inspect.isclass(value):
             assert (value.__doc__ or "").strip(), f"{name}.{public} has no docstring"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_compile_without_warnings(name):
+    path = importlib.util.find_spec(name).origin
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile(Path(path).read_text(), path, "exec")
 
 
 PROMISED = {

@@ -5,7 +5,7 @@ import pytest
 import reference
 import torch
 from cases import cases
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ibma.assignments import assignment_table, class_centroids, class_prior, log_assignments, log_floored, one_hot_targets
@@ -70,7 +70,7 @@ def close(got, expected, dtype):
 @pytest.mark.parametrize("sharpness", SPREAD)
 @pytest.mark.parametrize("k", [2, 7, 101])
 def test_ibb_of_a_modality_is_the_literal_formula(k, sharpness, dtype):
-    p, n = Problem(k, sharpness), 4 if k > 50 else 2 * k + 3
+    p, n = Problem(k, sharpness), 3 if k > 50 else 2 * k + 3
     (z, other, _), (x, _) = p.logs(dtype)
     log_q, log_prior = p.log_q(z), class_prior(p.targets.to(dtype)).log()
     args = [v[:n].tolist() for v in (p.z[0], p.x[0], p.z[1])]
@@ -160,6 +160,7 @@ def rearranged(case, rows=slice(None), names=slice(None)):
     return type(case)(**changed, log_q=table(case.log_q), log_q_fused=table(case.log_q_fused))
 
 
+@settings(max_examples=60)
 @given(cases(), st.integers(0, 1000))
 def test_neither_the_order_of_samples_nor_the_names_of_classes_matter(case, seed):
     g = torch.Generator().manual_seed(seed)
@@ -173,6 +174,7 @@ def test_neither_the_order_of_samples_nor_the_names_of_classes_matter(case, seed
     torch.testing.assert_close(other_values, values, atol=1e-10, rtol=0)
 
 
+@settings(max_examples=60)
 @given(cases(max_classes=2))
 def test_one_label_is_the_task_of_two_classes(case):
     def grouped(v):
@@ -183,6 +185,7 @@ def test_one_label_is_the_task_of_two_classes(case):
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 
+@settings(max_examples=60)
 @given(st.lists(cases(max_classes=2), min_size=2, max_size=2))
 def test_groups_are_averaged_over_the_known_ones(pair):
     n, m = min(len(c.targets) for c in pair), min(len(c.log_x) for c in pair)
@@ -268,6 +271,17 @@ def test_an_empty_class_with_its_zero_assignment_costs_nothing():
     prior = torch.tensor([0.5, 0.5, 0.0], dtype=F64)
     assert compression(certain, log_floored(prior)).item() == pytest.approx(0, abs=1e-5)
     assert ibb(certain, certain, certain, log_floored(prior), log_q).item() == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.xfail(strict=True, reason="0 * (0 - log 0) is NaN when the prior or marginal of an empty class is not floored; 0 log 0 = 0 is promised")
+@pytest.mark.parametrize("value", [
+    lambda certain, p, q: compression(certain, p),
+    lambda certain, p, q: tight_ibb_fused(certain, torch.tensor([[1.0, 0, 0]]), q, p, 2),
+    lambda certain, p, q: alignment(certain, certain, torch.stack([p, p, p], 1)),
+])
+def test_an_empty_class_costs_nothing_without_a_floor_too(value):
+    certain, q = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.full((3, 3), 1 / 3).log()
+    assert value(certain, torch.tensor([0.5, 0.5, 0.0]).log(), q).isfinite().all()
 
 
 @pytest.mark.parametrize("call", [
