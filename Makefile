@@ -55,7 +55,6 @@ notebooks: setup
 	@echo "== notebooks as tests"
 	PATH="$(CURDIR)/$(BIN):$$PATH" timeout 900 $(BIN)/nbdev_test --n_workers $(JOBS)
 
-# Last, so that its closing line ends the output of `make test`
 unit: setup
 	@echo "== pytest"
 	$(BIN)/python -m pytest -m "not slow and not cuda and not book"

@@ -40,7 +40,7 @@ def differences(root: Path = ROOT) -> list[str]:
             module.unlink()
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
         for command in ("nbdev_clean", "nbdev_export"):
-            done = subprocess.run([command], cwd=copy, env=environment, capture_output=True, text=True)
+            done = subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{command} failed:\n{done.stdout}{done.stderr}")
         before, after = files(root), files(copy)
