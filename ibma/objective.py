@@ -41,8 +41,10 @@ class _Tables(nn.Module):
         if pairs:
             self.register_buffer("log_pair_table", uniform.expand(m, m, *groups, k, k).clone())
             self.register_buffer("pair_sums", torch.zeros(m, m, *groups, k, k, dtype=torch.float64))
-        for name, shape in {"feature_sums": (*groups, k, dim), "counts": (*groups, k), "table_sums": (*groups, k, k), "marginal_sums": (*groups, k)}.items():
+        sums = {"feature_sums": (*groups, k, dim), "counts": (*groups, k), "table_sums": (*groups, k, k), "marginal_sums": (*groups, k), "entropy_sums": groups}
+        for name, shape in sums.items():
             self.register_buffer(name, torch.zeros(s, *shape, dtype=torch.float64))
+        self.register_buffer("information", torch.zeros(s))
         self._warned = False
 
 # %% ../nbs/3_model/03_objective.ipynb #deda4b55
@@ -58,6 +60,7 @@ class _Observed(_Tables):
             self.counts[s] += w.sum(0)
             self.table_sums[s] += torch.einsum("n...a,n...y->...ay", phi, w)
             self.marginal_sums[s] += (phi * w.sum(-1, keepdim=True)).sum(0)
+            self.entropy_sums[s] += (torch.special.entr(phi).sum(-1) * w.sum(-1)).sum(0)
             if hasattr(self, "pair_sums") and s < len(self.pair_sums):
                 for t, (other, there) in enumerate(zip(log_phi[:-1], present[:-1], strict=True)):
                     both = (here & there).view(-1, *[1] * (weights.ndim - 1))
@@ -69,7 +72,7 @@ class _Refreshed(_Observed):
 
     @torch.no_grad()
     def refresh(self):
-        names = [n for n in ("feature_sums", "counts", "table_sums", "marginal_sums", "pair_sums") if hasattr(self, n)]
+        names = [n for n in ("feature_sums", "counts", "table_sums", "marginal_sums", "entropy_sums", "pair_sums") if hasattr(self, n)]
         sums = {name: getattr(self, name) for name in names}
         if dist.is_available() and dist.is_initialized():
             for value in sums.values():
@@ -79,6 +82,10 @@ class _Refreshed(_Observed):
         self.log_table.copy_(log_floored(_normalised(sums["table_sums"], -2), -2))
         self.log_marginal.copy_(log_floored(_normalised(sums["marginal_sums"], -1)))
         self.log_prior.copy_(log_floored(_normalised(self.counts[-1], -1)))
+        known = sums["marginal_sums"].sum(-1)
+        marginal = sums["marginal_sums"] / known.clamp(min=1e-12).unsqueeze(-1)
+        information = torch.special.entr(marginal).sum(-1) - sums["entropy_sums"] / known.clamp(min=1e-12)
+        self.information.copy_(information.clamp(min=0).flatten(1).mean(1) if information.ndim > 1 else information.clamp(min=0))
         if hasattr(self, "pair_sums"):
             self.log_pair_table.copy_(log_floored(_normalised(sums["pair_sums"], -2), -2))
         self.present.copy_(self.counts > 0)
@@ -247,6 +254,11 @@ class IBBLoss(_Terms):
         "Add a batch to the statistics of the next `refresh()`; no gradient. Arguments as in the call."
         features, weights, present = self._prepare(z, fused, targets, mask)
         self.statistics.observe(features, self._assign(features), weights, present)
+
+    @property
+    def information(self) -> dict[str, float]:
+        "What the assignments of the last epoch told apart, H(P_Z) - mean H(phi), per modality and \"fused\", in nats: 0 when all samples are assigned alike (collapse)."
+        return dict(zip(self.statistics.sources, self.statistics.information.tolist(), strict=True))
 
     def refresh(self) -> None:
         "End of epoch: new tables and marginals from what was observed, then new centroids (Algorithm 1, lines 13-19). Raises RuntimeError when nothing was observed."
