@@ -500,7 +500,9 @@ class _Start:
         prepare = self.accelerator.prepare_optimizer
         loss = _Loss(method)
         if self.world > 1:
-            loss = self.accelerator.prepare_model(loss)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PyTorch renames broadcast_buffers
+                loss = self.accelerator.prepare_model(loss)
         return _Engine(loss, prepare(self.optimizer), tuple(map(prepare, extra)), schedule, self.accelerator, config.clip_norm, config.accumulate)
 
 
