@@ -691,7 +691,7 @@ def _loop(run, folder, began):
             except FloatingPointError as error:
                 kept = f"; the checkpoint after {run.epoch} epoch(s) is in run_dir {folder.folder.name!r}" if folder else ""
                 raise FloatingPointError(f"{error}{kept}") from None
-            if run.epoch > min(COLLAPSE_AFTER, config.epochs - 1):
+            if run.epoch > COLLAPSE_AFTER:
                 for complaint in set(run.method.complaints()) - said:
                     said.add(complaint)
                     warnings.warn(f"after epoch {row['epoch']}: {complaint}", UserWarning, stacklevel=3)
