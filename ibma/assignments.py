@@ -31,10 +31,11 @@ def one_hot_targets(
         raise TypeError(f"class indices must be integers, got {targets.dtype}; use targets.long(), or multi_label=True for 0/1 labels")
     if targets.ndim != 1:
         raise ValueError(f"class indices must have shape (n,), got {tuple(targets.shape)}; set multi_label=True for (n, labels)")
+    targets = targets.long()  # before comparing: an unsigned type has no -1
     if not targets.is_cuda:
         _refuse_rows((targets < -1) | (targets >= num_classes), targets, f"0..{num_classes - 1}, or -1 for unlabelled")
     known = (targets >= 0).unsqueeze(-1)
-    return F.one_hot(targets.long().clamp(min=0), num_classes).float() * known
+    return F.one_hot(targets.clamp(min=0), num_classes).float() * known
 
 # %% ../nbs/1_bound/02_assignments.ipynb #0dee862a
 def _binary_targets(targets, num_labels):

@@ -68,8 +68,8 @@ def compression(
 
 
 def _kl_logs(log_p, log_q):
-    # 0 log 0 = 0: an empty class has log p = -inf, and the product with p = 0 must be 0, not NaN
-    return (log_p.exp() * (log_p.masked_fill(log_p == -torch.inf, 0) - log_q)).sum(-1)
+    # 0 log 0 = 0: an empty class has log p = -inf, and its product with p = 0 must be 0, not NaN, whatever q is
+    return (log_p.exp() * (log_p - log_q).masked_fill(log_p == -torch.inf, 0)).sum(-1)
 
 
 def _mean_groups(value):  # (n, *g) -> (n,)
@@ -84,8 +84,12 @@ def alignment(
 ) -> Tensor:  # (n,) nats, groups averaged; never positive
     "Alignment term V_i of Theorem 3.1: φ_iᵀ (log Q) φ'_i (paper, Eq. 8). It needs no label of sample i."
     _check_pair(log_phi, log_phi_other)
-    expected = torch.einsum("...ay,n...y->n...a", log_q.to(log_phi.dtype), log_phi_other.exp())
+    expected = torch.einsum("...ay,n...y->n...a", _finite(log_q).to(log_phi.dtype), log_phi_other.exp())
     return _mean_groups((log_phi.exp() * expected).sum(-1))
+
+
+def _finite(log_q):  # log 0 as a huge number: 0 log 0 = 0 in a product, and still prohibitive where there is mass
+    return log_q.clamp(min=-1e30)
 
 
 def _check_pair(log_phi, other):
@@ -113,7 +117,7 @@ def label_alignment(
 ) -> Tensor:  # (n,) nats, known groups averaged; 0 for a sample with no known target
     "Fused alignment term Σ_a φ(Z_i, a) log Q[a, Y_i] (paper, Eq. 11, last line)."
     _check_pair(log_phi, targets)
-    expected = torch.einsum("...ay,n...y->n...a", log_q.to(log_phi.dtype), targets.to(log_phi.dtype))
+    expected = torch.einsum("...ay,n...y->n...a", _finite(log_q).to(log_phi.dtype), targets.to(log_phi.dtype))
     return _mean_known((log_phi.exp() * expected).sum(-1), targets)
 
 

@@ -23,12 +23,14 @@ def task_loss(
     task: Task,
     smoothing: float = 0.0,  # label smoothing, single-label tasks only
 ) -> Tensor:  # scalar, nats
-    "Mean cross entropy over the known targets of a batch (paper, Eq. 2); 0 when none is known."
+    "Mean cross entropy over the known targets of a batch (paper, Eq. 2), weighted by `task.class_weights`; 0 when none is known."
+    # Divided by the number of targets, not by their weights: then means over parts of a batch (processes) add up to the mean of the whole
+    weight = None if task.class_weights is None else torch.tensor(task.class_weights, dtype=torch.float32, device=logits.device)
     if task.kind == "multi_label":
         known = ~target.isnan()
-        losses = F.binary_cross_entropy_with_logits(logits.float(), target.float().nan_to_num(), reduction="none") * known
+        losses = F.binary_cross_entropy_with_logits(logits.float(), target.float().nan_to_num(), reduction="none", pos_weight=weight) * known
         return losses.sum() / known.sum().clamp(min=1)
-    losses = F.cross_entropy(logits.float(), target, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
+    losses = F.cross_entropy(logits.float(), target, weight, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
     return losses / (target >= 0).sum().clamp(min=1)
 
 # %% ../nbs/3_model/04_model.ipynb #fa9686c5

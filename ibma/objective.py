@@ -37,12 +37,14 @@ class _Tables(nn.Module):
         self.register_buffer("log_marginal", uniform.expand(s, *groups, k).clone())
         self.register_buffer("log_prior", uniform.expand(*groups, k).clone())
         self.register_buffer("present", torch.ones(s, *groups, k, dtype=torch.bool))
-        self.register_buffer("initialised", torch.tensor(False))
+        self.register_buffer("started", torch.zeros(s, *groups, k, dtype=torch.bool))  # classes that have had a mean
         if pairs:
             self.register_buffer("log_pair_table", uniform.expand(m, m, *groups, k, k).clone())
             self.register_buffer("pair_sums", torch.zeros(m, m, *groups, k, k, dtype=torch.float64))
-        for name, shape in {"feature_sums": (*groups, k, dim), "counts": (*groups, k), "table_sums": (*groups, k, k), "marginal_sums": (*groups, k)}.items():
+        sums = {"feature_sums": (*groups, k, dim), "counts": (*groups, k), "table_sums": (*groups, k, k), "marginal_sums": (*groups, k), "entropy_sums": groups}
+        for name, shape in sums.items():
             self.register_buffer(name, torch.zeros(s, *shape, dtype=torch.float64))
+        self.register_buffer("information", torch.zeros(s))
         self._warned = False
 
 # %% ../nbs/3_model/03_objective.ipynb #deda4b55
@@ -52,16 +54,17 @@ class _Observed(_Tables):
     @torch.no_grad()
     def observe(self, features, log_phi, weights, present):
         for s, (z, log_p, here) in enumerate(zip(features, log_phi, present, strict=True)):
-            w = weights * here.view(-1, *[1] * (weights.ndim - 1))
-            phi = log_p.detach().exp().to(w.dtype)
-            self.feature_sums[s] += torch.einsum("n...a,nd->...ad", w, z.detach().to(w.dtype))
+            w = (weights * here.view(-1, *[1] * (weights.ndim - 1))).double()
+            phi = log_p.detach().exp().double()
+            self.feature_sums[s] += torch.einsum("n...a,nd->...ad", w, z.detach().double())
             self.counts[s] += w.sum(0)
             self.table_sums[s] += torch.einsum("n...a,n...y->...ay", phi, w)
             self.marginal_sums[s] += (phi * w.sum(-1, keepdim=True)).sum(0)
+            self.entropy_sums[s] += (torch.special.entr(phi).sum(-1) * w.sum(-1)).sum(0)
             if hasattr(self, "pair_sums") and s < len(self.pair_sums):
                 for t, (other, there) in enumerate(zip(log_phi[:-1], present[:-1], strict=True)):
                     both = (here & there).view(-1, *[1] * (weights.ndim - 1))
-                    self.pair_sums[s, t] += torch.einsum("n...a,n...y->...ay", phi * both, other.detach().exp().to(w.dtype))
+                    self.pair_sums[s, t] += torch.einsum("n...a,n...y->...ay", phi * both, other.detach().exp().double())
 
 # %% ../nbs/3_model/03_objective.ipynb #1c526b12
 class _Refreshed(_Observed):
@@ -69,7 +72,7 @@ class _Refreshed(_Observed):
 
     @torch.no_grad()
     def refresh(self):
-        names = [n for n in ("feature_sums", "counts", "table_sums", "marginal_sums", "pair_sums") if hasattr(self, n)]
+        names = [n for n in ("feature_sums", "counts", "table_sums", "marginal_sums", "entropy_sums", "pair_sums") if hasattr(self, n)]
         sums = {name: getattr(self, name) for name in names}
         if dist.is_available() and dist.is_initialized():
             for value in sums.values():
@@ -79,16 +82,21 @@ class _Refreshed(_Observed):
         self.log_table.copy_(log_floored(_normalised(sums["table_sums"], -2), -2))
         self.log_marginal.copy_(log_floored(_normalised(sums["marginal_sums"], -1)))
         self.log_prior.copy_(log_floored(_normalised(self.counts[-1], -1)))
+        known = sums["marginal_sums"].sum(-1)
+        marginal = sums["marginal_sums"] / known.clamp(min=1e-12).unsqueeze(-1)
+        information = torch.special.entr(marginal).sum(-1) - sums["entropy_sums"] / known.clamp(min=1e-12)
+        self.information.copy_(information.clamp(min=0).flatten(1).mean(1) if information.ndim > 1 else information.clamp(min=0))
         if hasattr(self, "pair_sums"):
             self.log_pair_table.copy_(log_floored(_normalised(sums["pair_sums"], -2), -2))
         seen = self.counts > 0
         self.present.copy_(seen | ~seen.any(-1, keepdim=True))  # nothing known of a source or label: all its classes stay, alike
-        if self.prototypes == "mean" or not self.initialised:
-            self.centroids.data.copy_(sums["feature_sums"] / self.counts.clamp(min=1e-12).unsqueeze(-1))
+        means = (sums["feature_sums"] / self.counts.clamp(min=1e-12).unsqueeze(-1)).to(self.centroids.dtype)
+        replace = torch.ones_like(seen) if self.prototypes == "mean" else seen & ~self.started
+        self.centroids.data.copy_(torch.where(replace.unsqueeze(-1), means, self.centroids.data))
+        self.started |= seen
         if not self._warned and not self.present[-1].all():
             warn_empty(self.counts[-1])
             self._warned = True
-        self.initialised.fill_(True)
         for value in sums.values():
             value.zero_()
 
@@ -245,7 +253,7 @@ class IBBLoss(_Terms):
         if self.training and torch.is_grad_enabled():
             if self.refresh_mode == "streaming":
                 self.statistics.observe(features, log_phi, weights, present)
-            if self.statistics.prototypes == "ema" and self.statistics.initialised:
+            if self.statistics.prototypes == "ema" and self.statistics.started.any():
                 self.statistics.follow(features, weights, present)
         self.terms = {name: value.detach() for name, value in terms.items()}
         return sum(terms.values())
@@ -256,6 +264,11 @@ class IBBLoss(_Terms):
         "Add a batch to the statistics of the next `refresh()`; no gradient. Arguments as in the call."
         features, weights, present = self._prepare(z, fused, targets, mask)
         self.statistics.observe(features, self._assign(features), weights, present)
+
+    @property
+    def information(self) -> dict[str, float]:
+        "What the assignments of the last epoch told apart, H(P_Z) - mean H(phi), per modality and \"fused\", in nats: 0 when all samples are assigned alike (collapse)."
+        return dict(zip(self.statistics.sources, self.statistics.information.tolist(), strict=True))
 
     def refresh(self) -> None:
         "End of epoch: new tables and marginals from what was observed, then new centroids (Algorithm 1, lines 13-19). Raises RuntimeError when nothing was observed."

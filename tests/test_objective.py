@@ -253,6 +253,27 @@ def test_released_form_does_not_see_scale_nor_the_fused_representation():
     assert loss.normalize
 
 
+def test_released_statistics_are_centroid_and_anti_centroid_of_the_labelled():
+    labels = class_labels(unlabelled=True, skewed=True)
+    z, fused = features(0)
+    loss = build(C, NAMES[:2], D, bound="released")
+    loss.observe(z, fused, labels)
+    loss.refresh()
+    for c in range(C):
+        members, others = z["image"][labels == c], z["image"][(labels != c) & (labels >= 0)]
+        torch.testing.assert_close(loss.statistics.centroids[1, c, 1], members.mean(0), atol=1e-6, rtol=0)
+        torch.testing.assert_close(loss.statistics.centroids[1, c, 0], others.mean(0), atol=1e-6, rtol=0)
+
+
+def test_released_form_with_absent_modalities_is_that_of_the_samples_that_have_both():
+    loss, z, fused, labels = released()
+    mask = masks(2)
+    both = mask["audio"] & mask["image"]
+    expected = loss({k: v[both] for k, v in z.items()}, fused[both], labels[both]).item()
+    assert loss(z, fused, labels, mask).item() == pytest.approx(expected, abs=1e-6)
+    assert abs(loss(z, fused, labels).item() - expected) > 1e-4
+
+
 def test_released_form_of_labels_is_the_same_as_of_classes_against_the_rest():
     loss, z, fused, labels = released()
     multi = build(C, NAMES[:2], D, bound="released", multi_label=True)
@@ -310,7 +331,6 @@ def test_neither_order_nor_pieces_of_the_epoch_matter(order, cuts, table):
         torch.testing.assert_close(parts.state_dict()[name], value, atol=1e-5, rtol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="the sum over a batch is in single precision: only the sums of batches are kept in double")
 def test_sums_do_not_depend_on_the_size_of_the_batches():
     n = 4096
     g = torch.Generator().manual_seed(0)
@@ -320,6 +340,16 @@ def test_sums_do_not_depend_on_the_size_of_the_batches():
     for rows in torch.randperm(n, generator=g).split(64):
         parts.observe({k: v[rows] for k, v in z.items()}, fused[rows], labels[rows])
     torch.testing.assert_close(parts.statistics.feature_sums, whole.statistics.feature_sums, atol=0, rtol=1e-13)
+
+
+def test_sums_of_single_samples_are_exact_to_double_precision():
+    n = 200
+    z, fused = {k: torch.randn(n, D, generator=torch.Generator().manual_seed(0)) + 1000 for k in NAMES[:2]}, torch.zeros(n, D)
+    loss, labels = build(C, NAMES[:2], D), torch.arange(n) % C
+    for i in range(n):
+        loss.observe({k: v[i:i + 1] for k, v in z.items()}, fused[i:i + 1], labels[i:i + 1])
+    expected = torch.stack([z["audio"][labels == c].double().sum(0) for c in range(C)])
+    torch.testing.assert_close(loss.statistics.feature_sums[0], expected, atol=0, rtol=1e-14)
 
 
 def test_a_refresh_forgets_the_epoch_before():
@@ -407,7 +437,6 @@ def test_learnable_prototypes_start_as_class_means_and_learn():
     assert not list(build(C, NAMES[:2], D).parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="prototypes are class means at the first refresh only: a class first seen later stays at the origin")
 @pytest.mark.parametrize("prototypes", ["learnable", "ema"])
 def test_a_class_that_turns_up_later_starts_with_its_mean(prototypes):
     loss, z, fused, labels = ready(epochs=0, prototypes=prototypes)

@@ -40,6 +40,7 @@ class Task:
     num_classes: int                              # number of classes C, or number of labels
     modalities: dict[str, Modality]               # name -> what one sample looks like
     class_names: tuple[str, ...] | None = None    # names of the classes, or of the labels
+    class_weights: tuple[float, ...] | None = None   # weight of each class (of each label's 1) in cross entropies; set by `fit`
 
     def __post_init__(self):
         if self.kind not in ("single_label", "multi_label"):

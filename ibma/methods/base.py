@@ -6,7 +6,7 @@
 __all__ = ['Method', 'cross_entropies']
 
 # %% ../../nbs/3_model/05_method.ipynb #496ddb08
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,30 @@ class Method(nn.Module):
         "Before each epoch, counted from 0."
 
     def on_epoch_end(self, batches: Iterable[Batch]) -> None:
-        "After each epoch; `batches` runs over the training set in order."
+        "After each epoch; `batches` runs over the training set in order. With several processes over this one's share: add sums up over processes."
+
+    def optimizers(self, config) -> Sequence[torch.optim.Optimizer]:
+        "Optimisers of parameters that must not follow `loss` (an estimator's network, a critic). They step on `learning_loss`."
+        return ()
+
+    def learning_loss(self, batch: Batch) -> Tensor:
+        "What the optimisers of `optimizers` minimise; asked for after each step, only where there are such optimisers."
+        raise NotImplementedError(f"{type(self).__name__} has optimizers() but does not implement learning_loss(batch)")
+
+    def after_step(self, batch: Batch) -> None:
+        "After each optimiser step (running averages, clamps)."
+
+    def selectable(self, epoch: int) -> bool:
+        "May the weights after this epoch be chosen as the best? False during a warm-up whose predictions are not the method's."
+        return True
+
+    def diagnostics(self) -> dict[str, float]:
+        "Numbers that describe the state after an epoch; they join the history."
+        return {}
+
+    def complaints(self) -> list[str]:
+        "What is wrong with that state (a collapse), one sentence each; `fit` warns of each once."
+        return []
 
 # %% ../../nbs/3_model/05_method.ipynb #5be5727a
 def cross_entropies(

@@ -6,6 +6,7 @@
 __all__ = ['IBMA']
 
 # %% ../../nbs/4_methods/02_ibma.ipynb #84c82744
+import math
 from collections.abc import Iterable
 
 import torch
@@ -47,6 +48,14 @@ class IBMA(Method):
             self._renew(batches)
         else:
             self.ibb.refresh()
+
+    def diagnostics(self) -> dict[str, float]:
+        "Information of the assignments per source, in nats; 0 is a collapse."
+        return {f"information/{name}": value for name, value in self.ibb.information.items()}
+
+    def complaints(self) -> list[str]:
+        flat = [name for name, value in self.ibb.information.items() if value < 1e-3 * math.log(self.ibb.statistics.log_marginal.shape[-1])]
+        return [f"the assignments of {', '.join(flat)} have collapsed: they tell no sample from another; raise or lower the temperature, or lower eta"] if flat else []
 
     def _renew(self, batches):
         def one_pass():
