@@ -19,22 +19,27 @@ import importlib
 import importlib.metadata
 import inspect
 import io
+import itertools
 import json
 import math
 import os
 import platform
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
 import time
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DATA_KINDS", "Page", "ReproductionError", "RunFailed", "RunStore", "code_hash", "config_hash", "parameters_of",
+__all__ = ["DATA_KINDS", "Page", "ReproductionError", "RunFailed", "RunStore", "TimeLimitExceeded", "code_hash", "config_hash", "parameters_of",
            "plan", "reproduce", "run_grid"]
 
 PACKAGE = Path(__file__).resolve().parent
@@ -48,6 +53,10 @@ LEDGER = "IBMA_LEDGER"                                                      # fi
 
 class RunFailed(RuntimeError):
     """A run of a grid failed and `on_error="raise"` was asked for; the failure is recorded in the store."""
+
+
+class TimeLimitExceeded(RuntimeError):
+    """A run took longer than the grid's `time_limit`."""
 
 
 class ReproductionError(RuntimeError):
@@ -445,12 +454,51 @@ def _frame(records):
 
 # ---------------------------------------------------------------- a grid of runs
 
-def _attempt(index, run, config, keep_exception):
-    """Run one configuration and say what came out; every Exception becomes part of the outcome. Also runs in a worker process."""
+@contextmanager
+def _time_limit(seconds):
+    """Raise TimeLimitExceeded in the code inside once `seconds` are over (a call into C is interrupted when it returns)."""
+    if seconds is None:
+        yield
+    elif threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
+        def stop(number, frame):
+            raise TimeLimitExceeded(f"the run took longer than {seconds:g} s")
+        previous = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+    else:                            # a thread of a cluster's worker, or Windows
+        import ctypes
+
+        thread = threading.get_ident()
+
+        def throw(kind):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind) if kind else None)
+        timer = threading.Timer(seconds, throw, (TimeLimitExceeded,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except TimeLimitExceeded:    # raised from outside, it has no words of its own
+            raise TimeLimitExceeded(f"the run took longer than {seconds:g} s") from None
+        finally:
+            timer.cancel()
+            throw(None)
+
+
+def _attempt(index, run, config, keep_exception, time_limit=None, notes=None):
+    """Run one configuration and say what came out; every Exception becomes part of the outcome. Also runs in a worker process.
+
+    notes: folder where a worker leaves word of what it began and finished, in case another one takes the pool down with it.
+    """
+    _leave_word(notes, f"{index}.begun", "")
     start = time.perf_counter()
     outcome = {"metrics": {}, "error": None, "data_kind": None, "device": None, "exception": None}
     try:
-        result = run(json.loads(json.dumps(config)))     # a copy: what is recorded is what was asked for
+        with _time_limit(time_limit):
+            result = run(json.loads(json.dumps(config)))     # a copy: what is recorded is what was asked for
         if isinstance(result, dict) and isinstance(result.get("metrics"), dict):
             unknown = set(result) - {"metrics", "data_kind", "device"}
             if unknown:
@@ -463,16 +511,121 @@ def _attempt(index, run, config, keep_exception):
         outcome["metrics"] = _clean_metrics(result)
     except Exception as exc:                             # not BaseException: Ctrl-C must stop the grid
         outcome.update(error=_describe_error(exc), data_kind=None, exception=exc if keep_exception else None)
-    return index, outcome | {"duration_s": round(time.perf_counter() - start, 3)}
+    outcome["duration_s"] = round(time.perf_counter() - start, 3)
+    if notes:
+        _leave_word(notes, f"{index}.json", json.dumps(outcome))
+    return index, outcome
 
 
-def _outcomes(run, configs, todo, n_jobs):
-    if n_jobs == 1 or len(todo) < 2:
-        yield from (_attempt(i, run, configs[i], True) for i in todo)
-    else:
-        joblib = _need("joblib")       # loky by default; joblib.parallel_config chooses another backend
-        parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", pre_dispatch="2*n_jobs")
-        yield from parallel(joblib.delayed(_attempt)(i, run, configs[i], False) for i in todo)
+def _leave_word(folder, name, text):
+    if folder and Path(folder).is_dir():                 # not there: a worker on another machine
+        with suppress(OSError):                          # a full disk: the word is only needed when a worker dies
+            _write_atomically(Path(folder) / name, text)
+
+
+LOST = ("BrokenProcessPool", "TerminatedWorkerError", "KilledWorker", "WorkerCrashedError")   # what loky, Dask and Ray raise
+
+
+def _parallel(backend, n_jobs):
+    """A configured `joblib.Parallel`."""
+    joblib = _need("joblib")
+    if backend == "dask":
+        distributed = _need("distributed")
+        try:
+            distributed.get_client()
+        except ValueError:
+            address = os.environ.get("IBMA_SCHEDULER")
+            if not address:
+                raise RuntimeError("backend 'dask' needs a cluster: create a distributed.Client first, or set IBMA_SCHEDULER to its address") from None
+            distributed.Client(address)
+    elif backend == "ray":
+        importlib.import_module("ray.util.joblib").register_ray()
+    n_jobs = -1 if backend in ("dask", "ray") and n_jobs == 1 else n_jobs      # a cluster knows how many it has
+    context = joblib.parallel_config(backend=backend) if backend else nullcontext()
+    return context, joblib.delayed, joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", pre_dispatch="2*n_jobs")
+
+
+def _outcomes(run, configs, todo, n_jobs, backend=None, time_limit=None):
+    """(index, outcome) of every configuration of the iterator `todo`, as they come.
+
+    A worker that is killed (out of memory, say) breaks the whole pool. What was finished is kept, what had not begun is done in a new
+    pool, and of those under way each is tried once more alone: the one that breaks its pool again is a failure.
+    """
+    if n_jobs == 1 and backend in (None, "loky"):
+        yield from (_attempt(i, run, configs[i], True, time_limit) for i in todo)
+        return
+    notes = tempfile.mkdtemp(prefix="ibma-grid-")
+    try:
+        alone, handed_out, todo = [], [], iter(todo)
+        while True:
+            def tasks(source, delayed):
+                for i in source:
+                    handed_out.append(i)
+                    yield delayed(_attempt)(i, run, configs[i], False, time_limit, notes)
+
+            context, delayed, parallel = _parallel(backend, 2 if alone and backend in (None, "loky") else n_jobs)
+            try:
+                with context:
+                    for i, outcome in parallel(tasks(alone[:1] or todo, delayed)):
+                        handed_out.remove(i)
+                        yield i, outcome
+            except Exception as exc:
+                if type(exc).__name__ not in LOST:
+                    raise
+                for i in list(handed_out):
+                    word = Path(notes) / f"{i}.json"
+                    if word.exists():                    # finished, but its result was on the way when the pool broke
+                        handed_out.remove(i)
+                        yield i, json.loads(word.read_text())
+                if alone:
+                    error = {"type": "WorkerKilled", "message": "the process running it was killed (out of memory?), twice", "traceback": []}
+                    for i in [i for i in handed_out if i == alone[0]]:
+                        handed_out.remove(i)
+                        yield i, {"metrics": {}, "error": error, "data_kind": None, "device": None, "exception": None, "duration_s": 0.0}
+                else:
+                    begun = [i for i in handed_out if (Path(notes) / f"{i}.begun").exists()] or list(handed_out)
+                    idle = [i for i in handed_out if i not in begun]
+                    alone = [None, *begun]               # the None is dropped below
+                    todo = itertools.chain(idle, todo)
+                    for i in handed_out:
+                        (Path(notes) / f"{i}.begun").unlink(missing_ok=True)
+                    handed_out.clear()
+            else:
+                if not alone:
+                    return
+            alone = alone[1:]
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+@contextmanager
+def _claims():
+    """A function that claims a run, so that several processes on this machine can share a store without doing a run twice."""
+    filelock = _need("filelock")
+    held = {}
+
+    def claim(path, wait=False):
+        name = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:24]
+        folder = Path(tempfile.gettempdir()) / f"ibma-locks-{os.getuid() if hasattr(os, 'getuid') else 0}"
+        lock = filelock.FileLock(folder / f"{name}.lock", timeout=-1 if wait else 0, thread_local=False)   # joblib asks from another thread
+        try:
+            folder.mkdir(exist_ok=True)
+            lock.acquire()
+        except filelock.Timeout:
+            return False
+        except OSError:              # no place for locks: at worst a run is done twice
+            return True
+        held[path] = lock
+        return True
+
+    def let_go(path):
+        if path in held:
+            held.pop(path).release()
+    try:
+        yield claim, let_go
+    finally:
+        for path in list(held):
+            let_go(path)
 
 
 def _labels(configs):
@@ -508,7 +661,8 @@ def _check_grid(configs):
     return list(hashes)
 
 
-def run_grid(store, table, configs, run, *, depends_on=(), data_kind=None, progress=True, n_jobs=1, on_error="record"):
+def run_grid(store, table, configs, run, *, depends_on=(), data_kind=None, progress=True, n_jobs=1, on_error="record",
+             backend=None, time_limit=None):
     """Run every configuration that is not finished yet, and return the data frame of exactly these configurations, in their order.
 
     store: `RunStore` or folder; table: name of the table, one grid owns it.
@@ -518,10 +672,19 @@ def run_grid(store, table, configs, run, *, depends_on=(), data_kind=None, progr
         returns them, so that an edit of one method leaves the others' results alone. The source of `run` always counts.
     data_kind: where the data come from, one of `DATA_KINDS`, for runs that do not say it themselves.
     n_jobs: processes (joblib); on_error: "record" a failure and go on, or record it and "raise" RunFailed.
+    backend: "loky" (processes here), "dask" (the current distributed.Client, or the scheduler at IBMA_SCHEDULER) or "ray"; None: IBMA_BACKEND,
+        else what `joblib.parallel_config` says. time_limit: seconds per run, after which it counts as failed.
 
     A run is keyed by configuration and code: finished ones are kept, failed ones are tried again, and a finished run replaces the
-    record of the same configuration under older code. Raises ValueError for duplicates, a missing seed or an unknown option.
+    record of the same configuration under older code. Several processes may work on one store: each run is done by one of them. A worker
+    that is killed is a failure of its run alone. Raises ValueError for duplicates, a missing seed or an unknown option, OSError where the
+    store cannot be written, before the first run; where it fills up later, after the last, with the results that found no place.
     """
+    backend = backend or os.environ.get("IBMA_BACKEND") or None
+    if backend not in (None, "loky", "dask", "ray"):
+        raise ValueError(f"backend {backend!r}{_close(backend, ['loky', 'dask', 'ray'])}")
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"time_limit must be positive, got {time_limit}")
     if on_error not in ("record", "raise"):
         raise ValueError(f"on_error {on_error!r}{_close(on_error, ['record', 'raise'])}")
     if data_kind not in (None, *DATA_KINDS):
@@ -554,21 +717,81 @@ def run_grid(store, table, configs, run, *, depends_on=(), data_kind=None, progr
         head, dirty = _commit()
         versions = {"ibma": getattr(sys.modules.get(PACKAGE.name), "__version__", None), "python": platform.python_version(),
                     "torch": _version("torch")}
-    for i, outcome in _outcomes(run, configs, todo, n_jobs):
+        _check_writable(store, table)
+    began, homeless = time.perf_counter(), []
+
+    def keep(i, outcome):
         exception = outcome.pop("exception")
         records[i] = {
             **outcome, "table": table, "key": keys[i], "config": configs[i], "config_hash": hashes[i], "code_hash": codes[modules[i]],
             "seed": configs[i]["seed"], "commit": head, "dirty": dirty, "versions": versions, "device": outcome["device"] or "cpu",
             "data_kind": outcome["data_kind"] or data_kind, "status": "failed" if outcome["error"] else "finished",
             "first_metric": next(iter(outcome["metrics"]), None)}
-        store.write(records[i])
-        for past in older.get(hashes[i], ()):            # the same configuration under older code; a number outlives a failure
-            if past["key"] != keys[i] and (past["status"] == "failed" or not outcome["error"]):
-                store.path(table, past["key"]).unlink(missing_ok=True)
-        report(i, f"{outcome['duration_s']:.1f} s")
+        try:
+            store.write(records[i])
+        except OSError as exc:                           # the other runs may still find place; what does not is told at the end
+            homeless.append((i, exc))
+        else:
+            for past in older.get(hashes[i], ()):        # the same configuration under older code; a number outlives a failure
+                if past["key"] != keys[i] and (past["status"] == "failed" or not outcome["error"]):
+                    store.path(table, past["key"]).unlink(missing_ok=True)
+        report(i, f"{outcome['duration_s']:.1f} s{_time_left(began, len(records) - len(configs) + len(todo), len(todo))}")
         if outcome["error"] and on_error == "raise":
             raise RunFailed(f"{table}, {labels[i]}: {_one_line(outcome['error'])}") from exception
+
+    busy = []
+    with _claims() as (claim, let_go):
+        def mine(indices, wait):
+            """Those that no other process is at, and none has finished meanwhile."""
+            for i in indices:
+                path = store.path(table, keys[i])
+                if not claim(path, wait):
+                    busy.append(i)
+                    continue
+                record = _read_record(path)
+                if record and record["status"] == "finished":
+                    let_go(path)
+                    records[i] = record
+                    report(i, "done by another process")
+                else:
+                    yield i
+
+        for indices, wait in ((todo, False), (busy, True)):
+            for i, outcome in _outcomes(run, configs, mine(list(indices), wait), n_jobs, backend, time_limit):
+                keep(i, outcome)
+                let_go(store.path(table, keys[i]))
+    _house(store, records, homeless)
     return _frame([records[i] for i in range(len(configs))])
+
+
+def _check_writable(store, table):
+    try:
+        _write_atomically(store.path(table, "_").parent / ".writable", "")
+        (store.path(table, "_").parent / ".writable").unlink()
+    except OSError as exc:
+        raise OSError(exc.errno, f"the run store cannot be written ({exc.strerror or exc}): table {table!r}; nothing was run") from exc
+
+
+def _house(store, records, homeless):
+    """Try once more to write what found no place; else say the results, so that they are not lost."""
+    lost = []
+    for i, _ in homeless:
+        try:
+            store.write(records[i])
+        except OSError as error:
+            exc = error
+            lost.append(f"{records[i]['key']} {json.dumps(records[i]['config'])}: {json.dumps(records[i]['metrics'] or records[i]['error']['type'])}")
+    if lost:
+        raise OSError(exc.errno, f"{len(lost)} run record(s) could not be written ({exc.strerror or exc}); earlier ones are kept. Make room and run again, "
+                                 "or take the results from here:\n" + "\n".join(lost))
+
+
+def _time_left(began, done, total):
+    """`, about 3 min left` on a terminal, nothing elsewhere: logs stay the same from run to run."""
+    if not sys.stdout.isatty() or done >= total:
+        return ""
+    seconds = (time.perf_counter() - began) / max(done, 1) * (total - done)
+    return f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
 
 
 # ---------------------------------------------------------------- notebooks and profiles
