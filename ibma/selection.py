@@ -177,7 +177,12 @@ def _search(method, data, grid, config, k, metric, storage, name, n_trials, seed
                     study.enqueue_trial(point)
         if not missing if n_trials is None else len(done) >= n_trials:
             return [(t.params, t.values[0] if t.values else None, t.user_attrs) for t in done]
-        study.optimize(objective, n_trials=1, catch=(FloatingPointError,))
+        try:
+            study.optimize(objective, n_trials=1, catch=(FloatingPointError,))
+        except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
+            # SQLite locks no rows: two processes may have taken the same point, and the other was faster
+            if isinstance(error, ValueError) and "Cannot tell" not in str(error):
+                raise
 
 
 def _points(grid):
