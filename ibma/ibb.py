@@ -47,16 +47,19 @@ def ib_loss(
 def ib_loss_fused(
     phi: Tensor,  # (n, *g, k) assignments of the fused Z
     phi_x: list[Tensor],  # one (n, *g, k) per modality
-    targets: Tensor,  # (n, *g, k) target weights; I(Z, Y) is taken over the samples whose target is known
+    targets: Tensor,  # (n, *g, k) target weights; only samples whose target is known count
 ) -> Tensor:  # scalar, nats
     "Plug-in IB loss of the fused representation, Σ_j I(Z, X^(j)) - I(Z, Y); groups averaged."
     for x in (*phi_x, targets):
         _check_pair(phi, x)
-    known = targets.sum(-1, keepdim=True) > 0
-    joint = torch.einsum("n...a,n...y->...ay", (phi * known).double(), targets.double())
-    total = joint.sum((-2, -1), keepdim=True)
-    label = mutual_information(torch.where(total > 0, joint / total.clamp(min=1e-300), 1 / joint.shape[-1] ** 2)).mean()
-    return sum(plug_in_information(phi, x) for x in phi_x) - label
+    known = (targets.sum(-1, keepdim=True) > 0).double()
+
+    def information(other):  # over the samples whose target is known, as the bounds are; 0 where there is none
+        joint = torch.einsum("n...a,n...y->...ay", phi.double() * known, other.double())
+        total = joint.sum((-2, -1), keepdim=True)
+        return mutual_information(torch.where(total > 0, joint / total.clamp(min=1e-300), 1 / joint.shape[-1] ** 2)).mean()
+
+    return sum(information(x) for x in phi_x) - information(targets)
 
 # %% ../nbs/1_bound/03_ib_bound.ipynb #bee94e4a
 def compression(

@@ -137,6 +137,10 @@ class _Settings(nn.Module):
         for name, value in {"bound": bound, "prototypes": prototypes, "table": table, "refresh": refresh}.items():
             if value not in _CHOICES[name]:
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {_CHOICES[name]}")
+        if isinstance(modalities, str):
+            raise TypeError(f"modalities={modalities!r} must be a sequence of names, such as ('audio', 'image')")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
         self.modalities = tuple(modalities)
         if len(self.modalities) < 2 or len(set(self.modalities)) < len(self.modalities) or "fused" in self.modalities:
             raise ValueError(f"modalities={self.modalities} must be two or more different names, none of them 'fused'")

@@ -609,6 +609,9 @@ def test_an_empty_class_is_defined_and_said_once(bound):
         loss.observe(z, fused, torch.arange(N) % 3)  # it turns up: from here on it takes part
         loss.refresh()
         assert stats.present.all()
+        loss.observe(*features(0), labels)  # and is gone again: no mean, no centroid
+        loss.refresh()
+        assert not stats.present[:, 1].any() and not stats.centroids[:, 1].any()
 
 
 # --- numbers
@@ -645,7 +648,10 @@ def test_double_precision_representations_work(bound):
     expected = loss(z, fused, labels).item()
     double = {k: v.double() for k, v in z.items()}
     assert loss(double, fused.double(), labels).item() == pytest.approx(expected, abs=1e-5)
-    loss.observe(double, fused.double(), labels)
+    shifted = {k: v + 1e6 for k, v in double.items()}
+    loss.observe(shifted, fused.double(), labels)
+    sums = loss.statistics.feature_sums[0].sum(-2 if bound == "released" else 0)
+    torch.testing.assert_close(sums, shifted["audio"].sum(0).expand_as(sums), atol=0, rtol=1e-14)  # summed as given
     loss.refresh()
 
 

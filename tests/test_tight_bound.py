@@ -8,7 +8,7 @@ from cases import cases
 from hypothesis import given
 from test_ibb import SPREAD, TOLERANCE, Problem, close
 
-from ibma.assignments import class_prior, log_floored
+from ibma.assignments import assignment_table, class_prior, log_floored, one_hot_targets
 from ibma.ibb import compression, ib_loss, ib_loss_fused, ibb, ibb_fused, tight_ibb, tight_ibb_fused
 
 F64 = torch.float64
@@ -90,3 +90,14 @@ def test_its_compression_half_has_a_gradient_that_softens():
     expected, = torch.autograd.grad(-entropy.sum(), score)
     torch.testing.assert_close(gradient, expected)
     assert gradient.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_fused_plug_in_value_counts_the_labelled_samples_only(seed):
+    g = torch.Generator().manual_seed(seed)
+    targets = one_hot_targets(torch.where(torch.arange(20) < 3, 0, -1), 3).double()
+    fused = (5 * torch.randn(20, 3, generator=g, dtype=torch.float64)).log_softmax(-1)
+    log_q = log_floored(assignment_table(fused.exp(), targets), dim=-2)
+    value = ib_loss_fused(fused.exp(), [fused.exp()], targets)
+    torch.testing.assert_close(value, ib_loss_fused(fused[:3].exp(), [fused[:3].exp()], targets[:3]))
+    assert value <= tight_ibb_fused(fused, targets, log_q, log_floored(fused.exp().mean(0)), 1)[:3].mean() + 1e-9
