@@ -268,7 +268,7 @@ def test_plug_in_values_are_the_same_under_autocast():
 def test_an_unknown_label_of_every_sample_leaves_no_information_about_it():
     phi = torch.rand(5, 3, dtype=F64).softmax(-1)
     nobody = torch.zeros(5, 3)
-    assert ib_loss_fused(phi, [phi], nobody).item() == pytest.approx(plug_in_information(phi, phi).item())
+    assert ib_loss_fused(phi, [phi], nobody) == 0
     assert not label_alignment(phi.log(), nobody, torch.zeros(3, 3, dtype=F64)).any()
 
 
