@@ -4,6 +4,7 @@ A further group of methods adds its entries in a module `cases_<group>.py` of th
 on the dictionary it imports from here.
 """
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class Regulariser:
     weight: float = 1.0  # large enough to show, whatever the default
     epochs: int = 40
     lr: float = 3e-2
+    floor: Callable = lambda data: 0.0  # data -> the least value that the term can take
 
 
 @dataclass

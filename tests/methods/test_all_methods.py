@@ -243,5 +243,7 @@ def test_a_regulariser_lowers_its_term(name, regulariser):
         measure = small(name, data, **{regulariser.option: 1.0})
         measure.load_state_dict(method.state_dict())
         measure.eval()
-        values.append(measure.loss(batches[0])[regulariser.term].item())
+        with seeded():
+            values.append(measure.loss(batches[0])[regulariser.term].item() - regulariser.floor(data))
+        assert values[-1] > -1e-5, "below its floor"
     assert values[0] <= 0.5 * values[1] and values[1] > 0, values
