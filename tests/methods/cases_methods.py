@@ -46,7 +46,7 @@ METHOD_CASES: dict[str, MethodCase] = {
     "label_smoothing": MethodCase(refuses={"regression": "needs labels: a regression task has none", "one_class": "needs labels: a one_class task has none"}),
     "misa": MethodCase(
         {"hidden": 8, "feedforward": 8},
-        (Regulariser("alpha", "difference"), Regulariser("beta", "similarity"), Regulariser("gamma", "reconstruction")),
+        (Regulariser("alpha", "difference"), Regulariser("beta", "similarity", 5.0, lr=1e-2), Regulariser("gamma", "reconstruction")),
         overfit={"hidden": 64, "feedforward": 16, "dropout": 0.1},
         lr=3e-3,
     ),
