@@ -76,23 +76,23 @@ def _fit_lda(x, y, ridge=1e-3):  # x: (..., n, p), y: (..., n) of -1, 1 -> weigh
     return np.linalg.solve(gram, (np.swapaxes(x, -1, -2) @ y[..., None]))[..., 0]
 
 
-def _accuracy(w, x, y):
+def _right(w, x, y):
     score = (x @ w[..., :-1, None])[..., 0] + w[..., -1:]
-    return ((score > 0) == (y > 0)).mean(-1)
+    return (score > 0) == (y > 0)
 
 
 def simulated_benchmark(
     rng: np.random.Generator,
     advantage: float = 0.0,      # how much better the features of the first method are
-    protocol: str = "splits",    # "seeds" (one split), "splits" (random ones) or "folds"
+    protocol: str = "splits",    # "seeds" (one split), "splits" (random ones), "folds", or "answers" to one test set
     runs: int = 10,              # seeds or splits; folds are five
     n: int = 200, p: int = 5, test_fraction: float = 0.2,
-) -> tuple[np.ndarray, np.ndarray, float]:   # accuracies of both methods, and n_test / n_train
+) -> tuple[np.ndarray, np.ndarray, float]:   # accuracies of both methods (of "answers" which are right, bool), and n_test / n_train
     "One data set of two equally good feature sets (if `advantage` is 0) and the results of two linear classifiers under a protocol."
     y = np.where(np.arange(n) % 2 == 0, -1.0, 1.0)
     views = [rng.normal(size=(n, p)) + y[:, None] * strength for strength in (0.25 + advantage, 0.25)]
     n_test = n // 5 if protocol == "folds" else round(n * test_fraction)
-    orders = np.array([rng.permutation(n) for _ in range(1 if protocol in ("seeds", "folds") else runs)])
+    orders = np.array([rng.permutation(n) for _ in range(runs if protocol == "splits" else 1)])
     if protocol == "folds": orders = np.array([np.roll(orders[0], -f * n_test) for f in range(5)])
     if protocol == "seeds": orders = np.repeat(orders, runs, 0)
     results = []
@@ -102,14 +102,17 @@ def simulated_benchmark(
             keep = round(0.95 * train.shape[1])
             train = np.array([rng.permutation(rows)[:keep] for rows in train])
         w = _fit_lda(view[train], y[train])
-        results.append(_accuracy(w, view[orders[:, :n_test]], y[orders[:, :n_test]]))
+        right = _right(w, view[orders[:, :n_test]], y[orders[:, :n_test]])
+        results.append(right[0] if protocol == "answers" else right.mean(-1))
     return results[0], results[1], n_test / (n - n_test)
 
 
 PROTOCOLS = {
     "t, 10 seeds on one split (as in the paper)": ("seeds", lambda a, b, share: paired_t(a, b).p),
     "Wilcoxon, 10 seeds on one split": ("seeds", lambda a, b, share: wilcoxon(a, b).p),
+    "McNemar, one split, one seed": ("answers", lambda a, b, share: mcnemar(a, b).p),
     "t, 10 random splits": ("splits", lambda a, b, share: paired_t(a, b).p),
+    "Wilcoxon, 10 random splits": ("splits", lambda a, b, share: wilcoxon(a, b).p),
     "corrected t, 10 random splits": ("splits", lambda a, b, share: paired_t(a, b, share).p),
     "t, 5 folds": ("folds", lambda a, b, share: paired_t(a, b).p),
     "corrected t, 5 folds": ("folds", lambda a, b, share: paired_t(a, b, share).p),
