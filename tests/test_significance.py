@@ -95,7 +95,7 @@ def test_folds_and_splits_of_the_simulation_do_what_their_names_say():
 
 
 def test_level_of_the_corrected_test_and_the_failure_of_seeds_only():
-    right, other, _ = simulated_benchmark(rng, protocol="answers", n=500)
+    right, other, _ = simulated_benchmark(np.random.default_rng(0), protocol="answers", n=500)
     assert right.dtype == other.dtype == bool and right.shape == other.shape == (100,) and 0.5 < right.mean() < 0.95
     found = rejection_rates(0.0, benchmarks=300, seed=1)
     assert found["McNemar, one split, one seed"][1] < 0.05 < found["Wilcoxon, 10 random splits"][1]
