@@ -57,7 +57,7 @@ notebooks: setup
 
 unit: setup
 	@echo "== pytest"
-	$(BIN)/python -m pytest -m "not slow and not cuda and not book"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not cuda and not book"
 
 book: setup reproduce stage html check-book  ## run the experiments of a profile and build the book
 	@echo "== the book is at $(CURDIR)/$(HTML)"
