@@ -214,6 +214,16 @@ def _package_hash(root):
     return _digest("\n".join(f"{file.relative_to(package).as_posix()}\n{_parse(file)[0]}" for file in sorted(package.rglob("*.py"))))
 
 
+SHOWN = ("results", "book/reference")  # folders whose files pages show beside their own runs
+
+
+def _shown_hash(root, store):
+    """Hash of the files that pages may show: committed tables and pictures, numbers of papers. Not of the store that the pages write to."""
+    folders = [root / name for name in SHOWN if (root / name).resolve() != (root / store).resolve()]
+    files = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file())
+    return _digest("\n".join(f"{file.relative_to(root).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files))
+
+
 def _check_json(value, where):
     if isinstance(value, dict):
         for key, item in value.items():
@@ -803,7 +813,7 @@ class Page:
     notebook: Path           # the source
     output: Path             # the executed copy
     parameters: dict         # what papermill injects
-    key: str                 # hash of cells, parameters and package
+    key: str                 # hash of cells, parameters, package and the files that pages show
 
     @property
     def sidecar(self):
@@ -966,12 +976,12 @@ def plan(profile="smoke", tables=None, root=".", store=None, jobs=1, parameters=
         if name not in known:
             raise ValueError(f"no notebook to be run has a parameter {name!r}{_close(name, known)}")
     driven = {"profile": profile, "store": str(STORES.get(profile, f".runs/{profile}") if store is None else store), "jobs": jobs}
-    package, pages = _package_hash(root), []
+    package, shown, pages = _package_hash(root), _shown_hash(root, driven["store"]), []
     for name in selected:
         values = profiles[profile].get(name, {}) | _checked({k: v for k, v in given.items() if k in declared[name]}, declared[name], name)
         values |= {key: value for key, value in driven.items() if key in declared[name]}
         counted = {key: value for key, value in values.items() if key != "jobs"}
-        key = _digest(json.dumps([_cells(paths[name]), counted, package], sort_keys=True))
+        key = _digest(json.dumps([_cells(paths[name]), counted, package, shown], sort_keys=True))
         pages.append(Page(name, paths[name], root / ".runs" / profile / "notebooks" / f"{name}.ipynb", values, key))
     return pages
 

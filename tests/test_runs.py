@@ -596,6 +596,24 @@ def test_notebooks_run_fail_visibly_resume_and_are_kept(book, capfd):
     assert not kept(), "other package code"
 
 
+def test_a_page_that_shows_a_file_is_made_again_when_the_file_changes(book):
+    def key(**options):
+        return plan(root=book, tables=["tiny"], **options)[0].key
+
+    (book / "results" / "table").mkdir(parents=True)
+    table, paper = book / "results" / "table.csv", book / "book" / "reference" / "table2.csv"
+    paper.parent.mkdir(parents=True)
+    keys = [key()]
+    for path, text in ((table, "accuracy\n0.5\n"), (table, "accuracy\n0.6\n"), (paper, "value\n1\n"), (table.with_suffix(".png"), "x")):
+        path.write_text(text)
+        assert key() not in keys, f"{path.name} shows on the page"
+        keys.append(key())
+    own = key(profile="cpu", store="results")
+    table.write_text("accuracy\n0.7\n")
+    (book / "results" / "table" / "1.json").write_text("{}")
+    assert key(profile="cpu", store="results") == own, "what a page writes itself does not make it stale"
+
+
 def test_a_page_that_fails_takes_its_older_success_away(book, monkeypatch):
     import papermill
     [page] = plan(root=book, tables=["broken"])
