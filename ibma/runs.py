@@ -171,11 +171,70 @@ def _function_text(function):
         return source
 
 
+def _named(function):
+    """Global names that the code of a function, or of a class's methods, mentions."""
+    codes = [f.__code__ for f in (vars(function).values() if inspect.isclass(function) else (function,)) if hasattr(f, "__code__")]
+    names = set()
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes.extend(const for const in code.co_consts if inspect.iscode(const))
+    return names
+
+
+def _constant_text(value):
+    """A value of plain data as text, None for anything else."""
+    if value is None or isinstance(value, (bool, int, float, str, Path)):
+        return repr(value)
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return _function_text(value) if (value.__module__ or "") == "__main__" else f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, dict):
+        parts = [(repr(k), _constant_text(v)) for k, v in value.items()]
+        return None if any(v is None for _, v in parts) else "{" + ", ".join(f"{k}: {v}" for k, v in sorted(parts)) + "}"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts = [_constant_text(v) for v in value]
+        return None if None in parts else f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, (set, frozenset)) else parts)})"
+    return None
+
+
+def _class_text(cls):
+    """What a class of a notebook is made of; its source as a whole cannot be asked for there."""
+    parts = [f"class {cls.__name__}({', '.join(base.__qualname__ for base in cls.__bases__)})"]
+    for name, value in sorted(vars(cls).items()):
+        value = getattr(value, "__func__", getattr(value, "fget", value))
+        written = inspect.isfunction(value) and not value.__code__.co_filename.startswith("<string")   # and not generated, as by dataclass
+        text = _function_text(value) if written else None if inspect.isfunction(value) else _constant_text(value)
+        if name not in ("__module__", "__doc__", "__firstlineno__", "__static_attributes__") and text is not None:
+            parts.append(f"{name}: {text}")
+    return "\n".join(parts)
+
+
+def _with_helpers(function):
+    """{label: text} of a function and of what it uses from the notebook or script that defines it: functions, classes, plain data."""
+    texts, todo, seen = {}, [function], set()
+    while todo:
+        item = todo.pop()
+        text = _class_text(item) if inspect.isclass(item) else _function_text(item)
+        texts[f"function {_digest(text)}"] = text
+        used = inspect.unwrap(item) if inspect.isroutine(item) else item
+        owners = [v for v in vars(used).values() if inspect.isfunction(v)] if inspect.isclass(used) else [used]
+        space = getattr(owners[0], "__globals__", {}) if owners else {}
+        for name in sorted(_named(used) - seen):
+            seen.add(name)
+            value = space.get(name, inspect)   # a module: neither a helper nor data
+            if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == used.__module__:
+                todo.append(value)
+            elif name in space and not (inspect.isroutine(value) or inspect.isclass(value)) and (text := _constant_text(value)) is not None:
+                texts[f"constant {name}"] = text
+    return texts
+
+
 def code_hash(*depends_on, root=None):
     """Hash (12 hex digits) of the code that a run depends on.
 
     depends_on: names of modules ("ibma.training"), followed through their `import` statements inside the same package, and functions
-        (a function of a module counts as that module, one of a notebook as its own source).
+        (a function of a module counts as that module, one of a notebook as its own source, that of the functions and classes of the
+        notebook which it uses, and the plain data among them: numbers, strings, dicts and lists of such).
     root: folder that holds the package; by default the installed `ibma` is read.
 
     Docstrings, comments, layout and the version number do not count. What is imported by a string (`importlib`) is not followed:
@@ -192,8 +251,7 @@ def code_hash(*depends_on, root=None):
                 raise ValueError(f"no module {name!r} to hash{_close(name, _all_modules(root, name.split('.')[0]))}")
             todo.append(name)
         else:
-            text = _function_text(item)
-            texts[f"function {_digest(text)}"] = text
+            texts |= _with_helpers(item)
     while todo:
         name = todo.pop()
         if name not in texts:

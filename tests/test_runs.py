@@ -143,6 +143,45 @@ def test_code_hash_of_functions(tmp_path):
         code_hash(scope["typed"])
 
 
+HELPERS = """
+import math
+from pathlib import Path
+EPOCHS = {epochs}
+ARMS = {{"a": ("x", {{"eta": 0.5}}), "b": lambda c: c + {added}}}
+OTHER = {other}
+frame = object()
+
+class Part:
+    def size(self):
+        return inner({size})
+
+def inner(n):
+    return n * {factor}
+
+def unused():
+    return {unused}
+
+def run(config):
+    def local():
+        return Part().size() + EPOCHS
+    return {{"m": local(), "arm": ARMS[config["arm"]], "pi": math.pi, "frame": frame}}
+"""
+
+
+@pytest.mark.parametrize("change, counts", [
+    ({}, False), ({"epochs": 4}, True), ({"factor": 3}, True), ({"size": 9}, True), ({"added": 2}, True), ({"other": 8}, False), ({"unused": 8}, False),
+])
+def test_code_hash_counts_what_a_run_uses_from_its_notebook(tmp_path, monkeypatch, change, counts):
+    def hashed(**values):
+        file = tmp_path / f"cell_{len(list(tmp_path.iterdir()))}.py"
+        file.write_text(HELPERS.format(**dict(epochs=3, other=1, size=2, factor=2, unused=0, added=1) | values))
+        space = {"__name__": "__main__"}
+        exec(compile(file.read_text(), str(file), "exec"), space)
+        return code_hash(space["run"])
+
+    assert (hashed() != hashed(**change)) == counts
+
+
 def test_code_hash_names_an_unknown_module():
     with pytest.raises(ValueError, match="'ibma.runz' .*did you mean 'ibma.runs'"):
         code_hash("ibma.runz")
