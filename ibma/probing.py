@@ -16,7 +16,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn  # noqa: F401
+from torch import Tensor
 
 from .data.core import Batch, MultimodalData, Task
 from .methods.base import Method

@@ -1,4 +1,5 @@
 """The built book (run after `make book`): complete, offline, no residue of notebooks, and it renders in a browser."""
+import csv
 import html
 import importlib.util
 import os
@@ -133,6 +134,30 @@ def problems_of(page, browser):
 
 def test_pages_render_in_a_browser_from_disk(browser):
     assert {page: found for page in PAGES if (found := problems_of(page, browser))} == {}
+
+
+def test_all_runs_can_be_filtered_sorted_and_downloaded_from_disk(browser):
+    page = BUILT / "_staged/6_reproduction/40_explorer.html"
+    if not page.exists() or not list((ROOT / "results").glob("*.csv")):
+        pytest.skip("no explorer in this book, or no committed results")
+    tab = browser.new_page()
+    tab.goto(page.as_uri())
+    with open(ROOT / "results" / "temperature.csv", newline="") as file:
+        runs = list(csv.DictReader(file))
+    tab.select_option("#runs select", "temperature")
+    assert tab.inner_text("#runs .count") == f"{len(runs)} of {len(runs)} runs"
+    tab.fill("#runs input", "accuracy>0.9")
+    best = [r for r in runs if r["accuracy"] and float(f"{float(r['accuracy']):.5g}") > 0.9]
+    assert tab.inner_text("#runs .count") == f"{len(best)} of {len(runs)} runs"
+    heads = [text.rstrip(" \u25b4\u25be") for text in tab.locator("#runs th").all_inner_texts()]
+    for _ in range(2):
+        tab.locator("#runs th").nth(heads.index("accuracy")).click()
+    top = float(tab.locator("#runs tbody tr").first.locator("td").nth(heads.index("accuracy")).inner_text())
+    assert top == max(float(f"{float(r['accuracy']):.5g}") for r in best)
+    with tab.expect_download() as download:
+        tab.click("#runs button")
+    assert len(Path(download.value.path()).read_text().splitlines()) == 1 + len(best)
+    tab.close()
 
 
 def test_search_finds_a_word_from_disk(browser):
