@@ -77,7 +77,7 @@ def sphere_faults(report: dict[str, float]) -> list[str]:
         faults.append(f"collapse: all samples lie at one distance from the centre (mean score {mean:.2g}, deviation {deviation:.2g})")
     if report["centre/norm"] < 1e-3:
         faults.append(f"the centre lies at zero (length {report['centre/norm']:.2g}), where zero weights reach it: fit calls fix_centres, or set it")
-    if report["dead"]:
+    if report["samples"] > 1 and report["dead"]:
         what = "collapse: every output is" if report["dead"] == 1 else f"{100 * report['dead']:.0f} % of the outputs are"
         faults.append(f"{what} the same for all samples: the network no longer looks at its input; lower weight_decay or lr")
     if report["biases/head"]:

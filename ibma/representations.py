@@ -110,6 +110,8 @@ class Follow:
 
         def wrapped(batches):
             do(batches)
+            if hook == "on_fit_start":
+                self.snapshots.clear()  # another fit begins: its epochs must not join those of the last one
             self.snapshots.append(Snapshot.of(self.method.ibb, epoch()))
 
         setattr(self.method, hook, wrapped)  # on the instance, before the class's own

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import csv
 import difflib
+import dis
 import functools
 import hashlib
 import importlib
@@ -171,62 +172,77 @@ def _function_text(function):
         return source
 
 
-def _named(function):
-    """Global names that the code of a function, or of a class's methods, mentions."""
-    codes = [f.__code__ for f in (vars(function).values() if inspect.isclass(function) else (function,)) if hasattr(f, "__code__")]
-    names = set()
+def _named(code):
+    """Global names that a code object and those inside it load; attributes of the same name are none."""
+    names, codes = set(), [code]
     while codes:
         code = codes.pop()
-        names.update(code.co_names)
+        names.update(i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
         codes.extend(const for const in code.co_consts if inspect.iscode(const))
     return names
 
 
-def _constant_text(value):
-    """A value of plain data as text, None for anything else."""
-    if value is None or isinstance(value, (bool, int, float, str, Path)):
-        return repr(value)
-    if inspect.isroutine(value) or inspect.isclass(value):
-        return _function_text(value) if (value.__module__ or "") == "__main__" else f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, dict):
-        parts = [(repr(k), _constant_text(v)) for k, v in value.items()]
-        return None if any(v is None for _, v in parts) else "{" + ", ".join(f"{k}: {v}" for k, v in sorted(parts)) + "}"
-    if isinstance(value, (list, tuple, set, frozenset)):
-        parts = [_constant_text(v) for v in value]
-        return None if None in parts else f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, (set, frozenset)) else parts)})"
-    return None
+def _functions(item):
+    """The functions of Python code behind a function, class, partial, wrapped function, static or class method or property; [] for anything else."""
+    while isinstance(item, functools.partial):
+        item = item.func
+    item = getattr(item, "__func__", item)
+    if isinstance(item, property):
+        return [f for f in (item.fget, item.fset, item.fdel) if f is not None]
+    if inspect.isclass(item):
+        return [f for value in vars(item).values() if not inspect.isclass(value) for f in _functions(value)]
+    item = inspect.unwrap(item) if callable(item) else item
+    return [item] if inspect.isfunction(item) else []
 
 
-def _class_text(cls):
-    """What a class of a notebook is made of; its source as a whole cannot be asked for there."""
-    parts = [f"class {cls.__name__}({', '.join(base.__qualname__ for base in cls.__bases__)})"]
-    for name, value in sorted(vars(cls).items()):
-        value = getattr(value, "__func__", getattr(value, "fget", value))
-        written = inspect.isfunction(value) and not value.__code__.co_filename.startswith("<string")   # and not generated, as by dataclass
-        text = _function_text(value) if written else None if inspect.isfunction(value) else _constant_text(value)
-        if name not in ("__module__", "__doc__", "__firstlineno__", "__static_attributes__") and text is not None:
-            parts.append(f"{name}: {text}")
-    return "\n".join(parts)
+def _texts_of(item, space, texts, seen, label=None):
+    """Add what an item of a notebook is made of to `texts`: source, or plain data and arrays; follows what it uses. Other objects have no text and do not count."""
+    if id(item) in seen or inspect.ismodule(item):
+        return
+    if inspect.isclass(item) or _functions(item):
+        seen.add(id(item))
+        if not inspect.isclass(item) and isinstance(item, functools.partial):
+            _texts_of([*item.args, *item.keywords.items()], space, texts, seen, label)
+        found = _functions(item)
+        if inspect.isclass(item):
+            bases = [base for base in item.__bases__ if base is not object]
+            texts[f"class {item.__qualname__}"] = f"({', '.join(base.__qualname__ for base in bases)})"
+            data = {name: value for name, value in vars(item).items() if not name.startswith("__") and not _functions(value) and not inspect.isclass(value)}
+            if "__annotations__" in vars(item):
+                data["annotations"] = {name: str(kind) for name, kind in vars(item)["__annotations__"].items()}
+            _texts_of(data, space, texts, seen, f"class {item.__qualname__}.")
+            for base in bases:
+                if base.__module__ == item.__module__:
+                    _texts_of(base, space, texts, seen)
+        for function in found:
+            if function.__module__ != space["__name__"] or function.__code__.co_filename.startswith("<string"):   # a library's, or generated as by dataclass
+                continue
+            text = _function_text(function)
+            texts[f"function {_digest(text)}"] = text
+            _texts_of([function.__defaults__, function.__kwdefaults__], space, texts, seen, f"defaults of {function.__qualname__}")
+            for name in sorted(_named(function.__code__) & set(space)):
+                _texts_of(space[name], space, texts, seen, name)
+    elif isinstance(item, (dict, list, tuple, set, frozenset)):
+        parts = list(item.items()) if isinstance(item, dict) else sorted(item, key=repr) if isinstance(item, (set, frozenset)) else list(item)
+        texts[f"constant {label}"] = f"{type(item).__name__} of {len(parts)}"
+        for n, part in enumerate(parts):
+            where = f"{label}[{part[0]!r}]" if isinstance(item, dict) else f"{label}[{n}]"
+            _texts_of(part[1] if isinstance(item, dict) else part, space, texts, seen, where)
+    elif item is None or isinstance(item, (bool, int, float, complex, str, bytes, Path)):
+        texts[f"constant {label}"] = repr(item)
+    elif callable(getattr(item, "tobytes", None)):
+        texts[f"constant {label}"] = f"{getattr(item, 'dtype', '')} {getattr(item, 'shape', '')} {hashlib.sha256(item.tobytes()).hexdigest()}"
 
 
 def _with_helpers(function):
     """{label: text} of a function and of what it uses from the notebook or script that defines it: functions, classes, plain data."""
-    texts, todo, seen = {}, [function], set()
-    while todo:
-        item = todo.pop()
-        text = _class_text(item) if inspect.isclass(item) else _function_text(item)
-        texts[f"function {_digest(text)}"] = text
-        used = inspect.unwrap(item) if inspect.isroutine(item) else item
-        owners = [v for v in vars(used).values() if inspect.isfunction(v)] if inspect.isclass(used) else [used]
-        space = getattr(owners[0], "__globals__", {}) if owners else {}
-        for name in sorted(_named(used) - seen):
-            seen.add(name)
-            value = space.get(name, inspect)   # a module: neither a helper nor data
-            if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == used.__module__:
-                todo.append(value)
-            elif name in space and not (inspect.isroutine(value) or inspect.isclass(value)) and (text := _constant_text(value)) is not None:
-                texts[f"constant {name}"] = text
-    return texts
+    texts, seen = {}, set()
+    found = _functions(function) or _functions(type(function))
+    if not found:
+        text = _function_text(function)
+        return {f"function {_digest(text)}": text}
+    _texts_of(function if _functions(function) else type(function), {"__name__": found[0].__module__, **found[0].__globals__}, texts, seen, "run")
+    return texts or {"function": _function_text(function)}
 
 
 def code_hash(*depends_on, root=None):
@@ -234,7 +250,7 @@ def code_hash(*depends_on, root=None):
 
     depends_on: names of modules ("ibma.training"), followed through their `import` statements inside the same package, and functions
         (a function of a module counts as that module, one of a notebook as its own source, that of the functions and classes of the
-        notebook which it uses, and the plain data among them: numbers, strings, dicts and lists of such).
+        notebook which it uses, and the plain data and arrays among them).
     root: folder that holds the package; by default the installed `ibma` is read.
 
     Docstrings, comments, layout and the version number do not count. What is imported by a string (`importlib`) is not followed:

@@ -37,7 +37,8 @@ def judge(
     unit: str = "points",
     data: str = "",                    # name of ours, for the reason
 ) -> Verdict:
-    "The verdict on \"A beats B by so much\" by the rule of this page. Raises ValueError for an interval that is none."
+    "The verdict on \"A beats B by so much\" by the rule of this page. Raises ValueError for an interval that is none, and for a claim that A loses."
+    if claimed <= 0: raise ValueError(f"claimed={claimed:g}: the claim is that A beats B; swap the two, and the sign of the difference")
     if difference is None: return Verdict(VERDICTS[0], f"There are no runs: {data or 'the data'} cannot be had without an agreement, or were not at hand.")
     d, low, high = difference["difference"], difference["low"], difference["high"]
     if not low <= d <= high: raise ValueError(f"difference {d:g} lies outside its interval [{low:g}, {high:g}]")

@@ -144,42 +144,72 @@ def test_code_hash_of_functions(tmp_path):
 
 
 HELPERS = """
+import functools
 import math
-from pathlib import Path
-EPOCHS = {epochs}
-ARMS = {{"a": ("x", {{"eta": 0.5}}), "b": lambda c: c + {added}}}
-OTHER = {other}
+import numpy as np
 frame = object()
+EPOCHS = {epochs}
+ARMS = {{"a": ("x", {{"eta": {eta}}}), "b": lambda c: c + inner({added})}}
+OTHER = {other}
+K = {default}
+MIXED = {{"array": np.full(2, {array}), "object": frame, "rate": {rate}}}
+names = {names}
 
-class Part:
-    def size(self):
+class Base:
+    def scale(self):
+        return {base}
+
+class Part(Base):
+    width = {width}
+    @staticmethod
+    def size():
         return inner({size})
+    @property
+    def depth(self):
+        return deep() + self.scale()
 
+@functools.lru_cache
 def inner(n):
     return n * {factor}
+
+def deep():
+    return {depth}
+
+def power(a, b):
+    return a ** b + {partial}
+
+square = functools.partial(power, b={bound})
 
 def unused():
     return {unused}
 
-def run(config):
+def run(config, k=K):
     def local():
-        return Part().size() + EPOCHS
-    return {{"m": local(), "arm": ARMS[config["arm"]], "pi": math.pi, "frame": frame}}
+        return Part.size() + EPOCHS + Part().depth + square(2) + MIXED["rate"]
+    return {{"m": local(), "arm": ARMS[config["arm"]], "pi": math.pi, "frame": frame, "n": config.names}}
 """
+PLAIN = dict(array=0, epochs=3, eta=0.5, other=1, default=1, rate=1, names=1, base=1, width=1, size=2, factor=2, depth=1, partial=0, bound=2, unused=0, added=1)
 
 
-@pytest.mark.parametrize("change, counts", [
-    ({}, False), ({"epochs": 4}, True), ({"factor": 3}, True), ({"size": 9}, True), ({"added": 2}, True), ({"other": 8}, False), ({"unused": 8}, False),
-])
-def test_code_hash_counts_what_a_run_uses_from_its_notebook(tmp_path, monkeypatch, change, counts):
+@pytest.mark.parametrize("name", [None, *PLAIN])
+def test_code_hash_counts_what_a_run_uses_from_its_notebook(tmp_path, name):
     def hashed(**values):
         file = tmp_path / f"cell_{len(list(tmp_path.iterdir()))}.py"
-        file.write_text(HELPERS.format(**dict(epochs=3, other=1, size=2, factor=2, unused=0, added=1) | values))
+        file.write_text(HELPERS.format(**PLAIN | values))
         space = {"__name__": "__main__"}
         exec(compile(file.read_text(), str(file), "exec"), space)
         return code_hash(space["run"])
 
-    assert (hashed() != hashed(**change)) == counts
+    changed = {name: 77} if name else {}   # `names` is an attribute in `run`, `other` and `unused` are not mentioned there
+    assert (hashed() != hashed(**changed)) == (name not in (None, "other", "unused", "names"))
+
+
+def test_a_class_as_a_run_and_a_loop_of_helpers_have_a_hash(tmp_path):
+    file = tmp_path / "cell.py"
+    file.write_text("def a(n): return b(n)\ndef b(n): return a(n) if n else 0\nclass Run:\n    def __call__(self, config): return {'m': a(1), 'own': Run}\n")
+    space = {"__name__": "__main__"}
+    exec(compile(file.read_text(), str(file), "exec"), space)
+    assert code_hash(space["Run"]()) == code_hash(space["Run"]())
 
 
 def test_code_hash_names_an_unknown_module():
