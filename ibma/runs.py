@@ -656,6 +656,9 @@ def _outcomes(run, configs, todo, n_jobs, backend=None, time_limit=None):
             except Exception as exc:
                 if type(exc).__name__ not in LOST:
                     raise
+                if "un-serialize" in str(exc):           # no run was begun: the function itself cannot travel
+                    raise TypeError("the function of the runs cannot be sent to another process: something that it uses from the notebook "
+                                    "cannot be pickled, such as a function under functools.cache; use n_jobs=1, or take that away") from exc
                 for i in list(handed_out):
                     word = Path(notes) / f"{i}.json"
                     if word.exists():                    # finished, but its result was on the way when the pool broke

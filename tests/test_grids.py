@@ -3,6 +3,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -31,6 +33,22 @@ def kills_once(config):
         open(config["mark"], "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return {"value": config["seed"]}
+
+
+def test_a_function_that_cannot_travel_is_no_killed_worker(tmp_path):
+    script = tmp_path / "notebook.py"
+    script.write_text(f"""
+import functools
+from ibma.runs import RunStore, run_grid
+@functools.lru_cache
+def data(): return 1
+def run(config): return {{"value": data()}}
+run_grid(RunStore({str(tmp_path / "store")!r}), "t", [{{"seed": 0}}, {{"seed": 1}}], run, n_jobs=2, progress=False)
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert "TypeError: the function of the runs cannot be sent to another process" in done.stderr and "functools.cache" in done.stderr
+    assert not list((tmp_path / "store").rglob("*.json"))
+
 
 
 def test_a_run_killed_by_its_neighbours_appetite_gets_a_second_chance(tmp_path):
