@@ -238,6 +238,10 @@ def test_a_sound_sphere_has_no_fault(trained, data):
         assert check_sphere(trained, data) == [] == check_sphere(trained, data, "raise")
 
 
+def test_one_sample_is_no_collapse(trained, data):
+    assert check_sphere(trained, data.subset([3]), "list") == []
+
+
 def constant(method):
     with torch.no_grad():
         sphere_of(method).map.weight.zero_()

@@ -156,6 +156,15 @@ def test_the_recorder_keeps_what_the_loss_had(options):
     assert not {"on_fit_start", "on_epoch_end"} & set(vars(method))
 
 
+def test_the_recorder_begins_anew_with_another_fit():
+    data = toy_data(30)
+    method = create("ibma", data, seed=0, dim=8)
+    with Follow(method) as seen:
+        for epochs in (3, 2):
+            fit(method, data, None, TrainingConfig(epochs=epochs, batch_size=15, device="cpu"))
+    assert [s.epoch for s in seen.snapshots] == [0, 1, 2]
+
+
 def test_the_recorder_lets_go_also_after_an_error_and_refuses_others():
     data = toy_data(30)
     method = create("ibma", data, seed=0, dim=8)
