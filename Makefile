@@ -62,9 +62,9 @@ unit: setup
 book: setup reproduce stage html check-book  ## run the experiments of a profile and build the book
 	@echo "== the book is at $(CURDIR)/$(HTML)"
 
-reproduce: setup  ## run the experiment notebooks: PROFILE=smoke|cpu|paper
+reproduce: setup  ## run the experiment notebooks: PROFILE=smoke|cpu|paper TABLE=2 DATA=/raw/files JOBS=2 DRY=1
 	@echo "== experiments, profile $(PROFILE)"
-	$(BIN)/ibma reproduce --profile $(PROFILE)
+	$(if $(DATA),IBMA_DATA=$(abspath $(DATA)) )$(BIN)/ibma reproduce --profile $(PROFILE)$(foreach table,$(TABLE), --table $(table))$(if $(filter command% environment%,$(origin JOBS)), --jobs $(JOBS))$(if $(DRY), --dry-run)
 
 stage: setup
 	@echo "== executing the pages"

@@ -907,6 +907,20 @@ class Page:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
+    def recorded(self, root="."):
+        """Runs and seconds of one process that the tables of this page took in this profile, from their CSV files; (0, 0.0) without records."""
+        store = Path(root) / self.parameters.get("store", STORES["cpu"])
+        code = "\n".join("".join(cell["source"]) for cell in json.loads(self.notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code")
+        runs, seconds = 0, 0.0
+        for table in sorted(set(re.findall(r"""to_csv\(\s*["']([^"']+)["']""", code))):
+            try:
+                with open(store / f"{table}.csv", newline="", encoding="utf-8") as file:
+                    taken = [float(row["duration_s"]) for row in csv.DictReader(file) if row.get("duration_s") and (row.get("device") != "cpu" or self.parameters.get("profile") != "paper")]
+            except (OSError, ValueError):
+                continue
+            runs, seconds = runs + len(taken), seconds + sum(taken)
+        return runs, seconds
+
 
 def _cells(notebook):
     """[(cell type, source, tags)] of a notebook: everything that makes it what it is, outputs and other metadata left out."""
@@ -1024,6 +1038,7 @@ def _select(tables, names):
     if tables is None:
         return names
     short = {re.sub(r"^\d+_", "", name): name for name in names} | {name: name for name in names}
+    short |= {name.removeprefix("table"): page for name, page in short.items() if re.fullmatch(r"table\d+", name)}     # "2": table2
     for table in tables:
         if table not in short:
             raise ValueError(f"unknown table {table!r}{_close(table, short)}")
