@@ -716,6 +716,27 @@ def test_plan_fills_in_profile_store_and_jobs(book):
     assert page.output == book.resolve() / ".runs/smoke/notebooks/01_tiny.ipynb"
 
 
+def test_a_table_may_be_named_by_its_number(book):
+    write_notebook(book / "nbs/6_reproduction/17_table9.ipynb", "x = 1", parameters="epochs: int = 1")
+    assert [page.name for page in plan(root=book, tables=["9"])] == ["17_table9"] == [page.name for page in plan(root=book, tables=["table9"])]
+    with pytest.raises(ValueError, match="unknown table '1'"):        # the number in front of a file's name is none
+        plan(root=book, tables=["1"])
+
+
+def test_what_earlier_runs_of_a_page_took(book):
+    def recorded(profile):
+        [page] = plan(root=book, profile=profile, tables=["tiny"])
+        return page.recorded(book)
+    assert recorded("cpu") == (0, 0.0)
+    profiles(book, "smoke: {}\ncpu: {}\npaper: {}\n")
+    (book / "results").mkdir()
+    (book / "results/tiny.csv").write_text("seed,device,duration_s\n0,cpu,2.5\n1,cpu,\n2,cuda,4\n")
+    assert recorded("cpu") == (2, 6.5) and recorded("paper") == (1, 4.0), "a GPU's profile is not judged by runs on a CPU"
+    assert recorded("smoke") == (0, 0.0)
+    (book / "results/tiny.csv").write_bytes(b"\xff\xfe broken")
+    assert recorded("cpu") == (0, 0.0)
+
+
 def test_parameters_of(book, tmp_path):
     declared = parameters_of(book / "nbs/6_reproduction/01_tiny.ipynb")
     assert declared["epochs"] == {"default": 2, "type": "int", "help": "passes over the data"}
