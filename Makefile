@@ -69,6 +69,7 @@ reproduce: setup  ## run the experiment notebooks: PROFILE=smoke|cpu|paper TABLE
 stage: setup
 	@echo "== executing the pages"
 	$(BIN)/python book/stage.py --profile $(PROFILE)
+	$(BIN)/python book/gallery.py
 
 html: setup
 	@echo "== building the book"
@@ -85,4 +86,4 @@ serve: setup  ## serve the built book on http://localhost:8000
 	$(BIN)/python -m http.server 8000 --directory book/_build/html
 
 clean:  ## remove what was built; keeps the environment and all results
-	rm -rf book/_build book/_staged build dist *.egg-info
+	rm -rf book/_build book/_staged book/_generated build dist *.egg-info

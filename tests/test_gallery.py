@@ -1,0 +1,45 @@
+"""book/gallery.py: a thumbnail per figure, under its heading, linked to its page, and none that no page has any more."""
+import base64
+import importlib.util
+import io
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
+
+SPEC = importlib.util.spec_from_file_location("gallery", Path(__file__).parents[1] / "book/gallery.py")
+gallery = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(gallery)
+
+
+def picture(color, size=(900, 300)):
+    file = io.BytesIO()
+    Image.new("RGBA", size, color).save(file, "PNG")
+    return new_output("display_data", data={"image/png": base64.b64encode(file.getvalue()).decode()})
+
+
+def save(root, page, *cells):
+    path = root / f"book/{page}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=list(cells)), path)
+
+
+def test_every_visible_figure_is_shown_and_old_ones_go(tmp_path):
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book/_toc.yml").write_text("root: intro\nparts:\n  - caption: Bound\n    chapters:\n      - file: notation\n      - file: _staged/1/a\n"
+                                            "  - caption: Empty\n    chapters:\n      - file: _staged/2/b\n")
+    save(tmp_path, "_staged/1/a", new_markdown_cell("# Page A\n> claim"), new_code_cell("x", outputs=[picture("red")]), new_markdown_cell("text\n\n## Second"),
+         new_code_cell("y", outputs=[picture("blue"), new_output("stream", text="no figure")]), new_code_cell("z", outputs=[picture("green")], metadata={"tags": ["remove-cell"]}))
+    save(tmp_path, "_staged/2/b", new_markdown_cell("# Page B"))
+    assert gallery.write(tmp_path) == 2
+    text = (tmp_path / "book/_generated/gallery.md").read_text()
+    assert text.count("grid-item-card") == 2 and text.index("Page A\n:::") < text.index("Second\n:::") and ":link: ../_staged/1/a" in text
+    assert "## Bound" in text and "Empty" not in text and "2 figures" in text
+    pictures = sorted((tmp_path / "book/_generated/gallery").iterdir())
+    image = Image.open(pictures[0])
+    assert len(pictures) == 2 and image.size == (480, 320) and all(p.name in text for p in pictures)
+    assert image.getpixel((1, 1)) == (255, 255, 255), "a wide figure is not stretched"
+
+    save(tmp_path, "_staged/1/a", new_markdown_cell("# Page A"), new_code_cell("x", outputs=[picture("red")]))
+    assert gallery.write(tmp_path) == 1 and len(list((tmp_path / "book/_generated/gallery").iterdir())) == 1
