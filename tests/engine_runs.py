@@ -90,9 +90,12 @@ def refused_member(rank, world, port, settings, queue):
 
 
 def statistics_run(settings, refresh):
-    data = toy(n=97)
-    method = ibma(data, refresh=refresh)
-    result = fit(method, data.subset(range(73)), data.subset(range(73, 97)), TrainingConfig(**settings))
+    data, settings = toy(n=97), dict(settings)
+    method, train = ibma(data, refresh=refresh), data.subset(range(73))
+    if keep := settings.pop("hidden", 0):   # so many labels, the others unlabelled, even numbers of both
+        train = data.subset(range(72))
+        train.target = train.target.masked_fill(torch.arange(72) >= keep, -1)
+    result = fit(method, train, data.subset(range(73, 97)), TrainingConfig(**settings))
     statistics = {name: value.double().numpy() for name, value in method.ibb.statistics.state_dict().items()}
     return result.history, statistics, result.metrics
 

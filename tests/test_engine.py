@@ -614,6 +614,21 @@ def test_a_collapsed_hypersphere_is_reported_and_a_working_one_is_not():
     assert sum(warned(True)) == 1 and not any(warned(False))
 
 
+def test_a_dead_output_is_reported_before_all_of_them_die():
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    data = MultimodalData.from_arrays({"a": x, "b": x}, torch.zeros(60, dtype=torch.int64), kind="one_class", num_classes=3)
+
+    def dead(rows):
+        method = create("ce", data, seed=0, dim=8)
+        method.after_step = lambda batch: method.model.fused_head.map.weight.data[rows].zero_()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(method, data, config=TrainingConfig(epochs=7, lr=1e-4))
+        return [str(w.message) for w in caught if "outputs of the anomaly score" in str(w.message)]
+
+    assert not dead([]) and [message.split(": ")[1][:4] for message in dead([1, 2, 5, 7])] == ["12 %"]  # 4 of 32
+
+
 def test_class_weights_are_refused_where_there_are_no_classes():
     x = torch.randn(12, 3)
     data = MultimodalData.from_arrays({"a": x}, x[:, 0], kind="regression", bins=(0,))

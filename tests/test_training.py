@@ -297,7 +297,7 @@ def test_bad_settings_are_refused_by_name(options, message):
 def test_ibma_on_data_without_labels_says_so():
     data = toy_data(unlabelled=True)
     data.target = torch.full_like(data.target, -1)
-    with pytest.raises(RuntimeError, match="no labelled sample"):
+    with pytest.raises(ValueError, match="no labelled sample"):
         trained(data=data)
 
 
