@@ -38,6 +38,7 @@ PROMISED = {
     "ibma.data": "MultimodalData load DATASETS",
     "ibma.methods": "METHODS create",
     "ibma.training": "fit TrainingConfig Result",
+    "ibma.estimator": "MultimodalClassifier MultimodalArrays",
 }
 
 
