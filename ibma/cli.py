@@ -419,6 +419,11 @@ def list_methods(
 
 # ---------------------------------------------------------------- the book
 
+def _took(count, seconds):
+    unit, size = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 0)) if seconds >= s)
+    return f"{count} runs, {seconds / max(size, 1):.1f} {unit}" if count else "no records"
+
+
 @app.command(rich_help_panel=RERUN, epilog=_examples("ibma reproduce --dry-run", "ibma reproduce --profile cpu --table 10_benchmark --jobs 2", "ibma reproduce --set epochs=5"))
 def reproduce(
     profile: Annotated[str, typer.Option("--profile", help="smoke (minutes), cpu (hours), paper (a GPU), or another of profiles.yml.")] = "smoke",
@@ -438,9 +443,10 @@ def reproduce(
     def work():
         if dry_run:
             pages = runs.plan(**chosen)
-            _table([["notebook", "would be", "parameters"], *(
-                [page.name, "kept" if page.kept else "run", " ".join(f"{name}={json.dumps(value)}" for name, value in page.parameters.items())]
+            _table([["notebook", "would be", "took before", "parameters"], *(
+                [page.name, "kept" if page.kept else "run", _took(*page.recorded(root)), " ".join(f"{name}={json.dumps(value)}" for name, value in page.parameters.items())]
                 for page in pages)])
+            print("took before: recorded runs of this profile's store and their time in one process; finished runs are not repeated")
             return 0
         runs.reproduce(**chosen)
         return 0

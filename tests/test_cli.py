@@ -47,8 +47,15 @@ def test_reproduce_then_results(book, capsys):
 def test_dry_run_runs_nothing(book, capsys):
     assert cli.main(["reproduce", "--dry-run", "--profile", "cpu", "--table", "tiny", "--set", "epochs=9"]) == 0
     out = capsys.readouterr().out
-    assert "epochs=9" in out and 'store="results"' in out
+    assert "epochs=9" in out and 'store="results"' in out and "no records" in out
     assert not (book / ".runs").exists() and not (book / "results").exists()
+
+
+def test_dry_run_says_how_long_earlier_runs_took(book, capsys):
+    (book / "results").mkdir()
+    (book / "results/tiny.csv").write_text("seed,device,duration_s\n0,cpu,2000\n1,cpu,5200\n")
+    assert cli.main(["reproduce", "--dry-run", "--profile", "cpu", "--table", "tiny"]) == 0
+    assert "2 runs, 2.0 h" in capsys.readouterr().out
 
 
 def test_a_failed_notebook_is_exit_code_1(monkeypatch, capsys):
