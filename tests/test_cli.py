@@ -33,7 +33,7 @@ def test_reproduce_then_results(book, capsys):
     assert out[0].startswith("[1/1] seed=0: a 1.000 (") and out[1].startswith("01_tiny: finished (")
     assert cli.main(["reproduce", "--dry-run", "--set", "name=x=y"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].split("  ")[0] == "notebook" and out[1].split() == ["01_tiny", "kept", "epochs=3", 'name="x=y"', 'store=".runs/smoke"']
+    assert out[0].split("  ")[0] == "notebook" and out[1].split() == ["01_tiny", "kept", "no", "records", "epochs=3", 'name="x=y"', 'store=".runs/smoke"']
 
     run = next((book / ".runs/smoke/tiny").glob("*.json"))
     (run.parent / "broken.json").write_text(run.read_text()[:50])
@@ -51,9 +51,8 @@ def test_dry_run_runs_nothing(book, capsys):
     assert not (book / ".runs").exists() and not (book / "results").exists()
 
 
-def test_dry_run_says_how_long_earlier_runs_took(book, capsys):
-    (book / "results").mkdir()
-    (book / "results/tiny.csv").write_text("seed,device,duration_s\n0,cpu,2000\n1,cpu,5200\n")
+def test_dry_run_says_how_long_earlier_runs_took(book, capsys, monkeypatch):
+    monkeypatch.setattr(runs.Page, "recorded", lambda page, root: (2, 7200.0))
     assert cli.main(["reproduce", "--dry-run", "--profile", "cpu", "--table", "tiny"]) == 0
     assert "2 runs, 2.0 h" in capsys.readouterr().out
 
