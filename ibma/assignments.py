@@ -25,8 +25,13 @@ def one_hot_targets(
     Raises TypeError for fractional class indices, ValueError for a wrong shape or a value outside the task, naming the first offending row.
     The range is checked on the CPU only: on an accelerator the check would make every training step wait for the device.
     """
+    labels, known = _indexed_targets(targets, num_classes, multi_label)
+    return F.one_hot(labels, 2 if multi_label else num_classes).float() * known.unsqueeze(-1)
+
+# %% ../nbs/1_bound/02_assignments.ipynb #0dee862a
+def _indexed_targets(targets, num_classes, multi_label):  # the column of the one in each row, and whether there is one: both (n, *g)
     if multi_label:
-        return _binary_targets(targets, num_classes)
+        return _indexed_labels(targets, num_classes)
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise TypeError(f"class indices must be integers, got {targets.dtype}; use targets.long(), or multi_label=True for 0/1 labels")
     if targets.ndim != 1:
@@ -34,19 +39,17 @@ def one_hot_targets(
     targets = targets.long()  # before comparing: an unsigned type has no -1
     if not targets.is_cuda:
         _refuse_rows((targets < -1) | (targets >= num_classes), targets, f"0..{num_classes - 1}, or -1 for unlabelled")
-    known = (targets >= 0).unsqueeze(-1)
-    return F.one_hot(targets.clamp(min=0), num_classes).float() * known
+    return targets.clamp(min=0), targets >= 0
 
-# %% ../nbs/1_bound/02_assignments.ipynb #0dee862a
-def _binary_targets(targets, num_labels):
+
+def _indexed_labels(targets, num_labels):
     if targets.ndim != 2 or targets.shape[1] != num_labels:
         raise ValueError(f"multi-label targets must have shape (n, {num_labels}), got {tuple(targets.shape)}")
     targets = targets.float()
     known = ~targets.isnan()
     if not targets.is_cuda:
         _refuse_rows((known & (targets != 0) & (targets != 1)).any(1), targets, "0 or 1, or NaN for unknown")
-    present = targets.nan_to_num()
-    return torch.stack([1 - present, present], -1) * known.unsqueeze(-1)
+    return targets.nan_to_num().long(), known
 
 
 def _refuse_rows(bad, targets, allowed):
@@ -72,6 +75,8 @@ def full_precision(function):
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
+        if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+            return function(*args, **kwargs)
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             return function(*args, **kwargs)
 

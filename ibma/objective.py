@@ -6,12 +6,16 @@
 __all__ = ['BOUNDS', 'IBBLoss']
 
 # %% ../nbs/3_model/03_objective.ipynb #6a0ef7a1
+import functools
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .assignments import full_precision, log_assignments, log_floored, one_hot_targets, warn_empty
-from .assignments import _normalised
+from .assignments import full_precision, log_assignments, log_floored, warn_empty
+from .assignments import _indexed_targets, _normalised
 from .ibb import alignment, label_alignment, tight_ibb, tight_ibb_fused
 
 # %% ../nbs/3_model/03_objective.ipynb #f5923cf5
@@ -38,33 +42,69 @@ class _Tables(nn.Module):
         self.register_buffer("log_prior", uniform.expand(*groups, k).clone())
         self.register_buffer("present", torch.ones(s, *groups, k, dtype=torch.bool))
         self.register_buffer("started", torch.zeros(s, *groups, k, dtype=torch.bool))  # classes that have had a mean
+        wide = torch.float64 if k <= 2048 else torch.float32  # three tables of 10,000 x 10,000 doubles would be 2.4 GB
         if pairs:
             self.register_buffer("log_pair_table", uniform.expand(m, m, *groups, k, k).clone())
-            self.register_buffer("pair_sums", torch.zeros(m, m, *groups, k, k, dtype=torch.float64))
+            self.register_buffer("pair_sums", torch.zeros(m, m, *groups, k, k, dtype=wide))
         sums = {"feature_sums": (*groups, k, dim), "counts": (*groups, k), "table_sums": (*groups, k, k), "marginal_sums": (*groups, k), "entropy_sums": groups}
         for name, shape in sums.items():
-            self.register_buffer(name, torch.zeros(s, *shape, dtype=torch.float64))
+            self.register_buffer(name, torch.zeros(s, *shape, dtype=wide if name == "table_sums" else torch.float64))
         self.register_buffer("information", torch.zeros(s))
         self._warned = False
+
+# %% ../nbs/3_model/03_objective.ipynb #6b551ae5
+class _Batch(NamedTuple):
+    features: list[Tensor]  # of each source (n, D), zeros where absent; the fused one last
+    labels: Tensor  # (n, *g) class, anything where unknown
+    known: Tensor  # (n, *g) bool
+    present: Tensor | None  # (S, n) bool; None: everybody has everything
+
+    def of(self, rows):
+        return self._replace(features=[f[rows] for f in self.features], labels=self.labels[rows], known=self.known[rows], present=None if self.present is None else self.present[:, rows])
+
+    def one_hot(self, k, dtype=torch.float32):  # (n, *g, k)
+        return F.one_hot(self.labels, k).to(dtype) * self.known.unsqueeze(-1)
+
+    def everyone(self):  # (S, n) bool
+        return torch.ones(len(self.features), len(self.labels), dtype=torch.bool, device=self.labels.device) if self.present is None else self.present
+
+    def counted(self):  # (S, n, *g) bool: known, and present
+        present = self.everyone()
+        return self.known & present.view(*present.shape, *[1] * (self.known.ndim - 1))
+
+
+def _class_sums(values, labels, counted, k):  # (n, D), (n, *g), (n, *g) bool -> sums over the samples of each class (*g, k, D)
+    if labels.ndim > 1:
+        return torch.einsum("n...a,nd->...ad", (F.one_hot(labels, k) * counted.unsqueeze(-1)).to(values.dtype), values)
+    # a matrix product with one-hot rows would multiply k times more numbers, all but one of them zero
+    return values.new_zeros(k, values.shape[1]).index_add_(0, labels, values * counted.unsqueeze(-1))
 
 # %% ../nbs/3_model/03_objective.ipynb #deda4b55
 class _Observed(_Tables):
     "Adds batches to the running sums."
 
     @torch.no_grad()
-    def observe(self, features, log_phi, weights, present):
-        for s, (z, log_p, here) in enumerate(zip(features, log_phi, present, strict=True)):
-            w = (weights * here.view(-1, *[1] * (weights.ndim - 1))).double()
-            phi = log_p.detach().exp().double()
-            self.feature_sums[s] += torch.einsum("n...a,nd->...ad", w, z.detach().double())
-            self.counts[s] += w.sum(0)
-            self.table_sums[s] += torch.einsum("n...a,n...y->...ay", phi, w)
-            self.marginal_sums[s] += (phi * w.sum(-1, keepdim=True)).sum(0)
-            self.entropy_sums[s] += (torch.special.entr(phi).sum(-1) * w.sum(-1)).sum(0)
-            if hasattr(self, "pair_sums") and s < len(self.pair_sums):
-                for t, (other, there) in enumerate(zip(log_phi[:-1], present[:-1], strict=True)):
-                    both = (here & there).view(-1, *[1] * (weights.ndim - 1))
-                    self.pair_sums[s, t] += torch.einsum("n...a,n...y->...ay", phi * both, other.detach().exp().double())
+    def observe(self, batch, phi):  # phi (S, n, *g, k)
+        phi, k, wide, counted = phi.detach(), phi.shape[-1], self.table_sums.dtype, batch.counted()
+        weighted = (phi * counted.unsqueeze(-1)).to(wide)
+        for s, z in enumerate(batch.features):
+            self.feature_sums[s] += _class_sums(z.detach().double(), batch.labels, counted[s], k)
+        if batch.labels.ndim > 1:
+            self.counts += (batch.one_hot(k, torch.float64) * counted.unsqueeze(-1)).sum(1)
+            self.table_sums += torch.einsum("sn...a,n...y->s...ay", weighted, batch.one_hot(k, wide))
+        else:
+            self.counts.index_add_(1, batch.labels, counted.double())
+            self.table_sums.index_add_(2, batch.labels, weighted.transpose(1, 2))
+        self.marginal_sums += weighted.sum(1)
+        self.entropy_sums += (torch.special.entr(phi).sum(-1) * counted).sum(1, dtype=torch.float64)
+        if hasattr(self, "pair_sums"):
+            self._observe_pairs(batch.everyone(), phi[:-1].to(wide))
+
+    def _observe_pairs(self, present, phi):
+        for j, mine in enumerate(phi):
+            for other, theirs in enumerate(phi):
+                both = (present[j] & present[other]).view(-1, *[1] * (mine.ndim - 1))
+                self.pair_sums[j, other] += torch.einsum("n...a,n...y->...ay", mine * both, theirs)
 
 # %% ../nbs/3_model/03_objective.ipynb #1c526b12
 class _Refreshed(_Observed):
@@ -79,20 +119,20 @@ class _Refreshed(_Observed):
                 dist.all_reduce(value)
         if not self.counts.any():
             raise RuntimeError("refresh() found no labelled sample since the last one: call observe(z, fused, targets) on the epoch's batches first, or use refresh='streaming'")
-        self.log_table.copy_(log_floored(_normalised(sums["table_sums"], -2), -2))
+        for name, table in self._tables():
+            for part, out in zip(sums[name].split(1024, -1), table.split(1024, -1), strict=True):  # columns are independent of each other
+                out.copy_(log_floored(_normalised(part, -2), -2))
         self.log_marginal.copy_(log_floored(_normalised(sums["marginal_sums"], -1)))
         self.log_prior.copy_(log_floored(_normalised(self.counts[-1], -1)))
         known = sums["marginal_sums"].sum(-1)
         marginal = sums["marginal_sums"] / known.clamp(min=1e-12).unsqueeze(-1)
         information = torch.special.entr(marginal).sum(-1) - sums["entropy_sums"] / known.clamp(min=1e-12)
         self.information.copy_(information.clamp(min=0).flatten(1).mean(1) if information.ndim > 1 else information.clamp(min=0))
-        if hasattr(self, "pair_sums"):
-            self.log_pair_table.copy_(log_floored(_normalised(sums["pair_sums"], -2), -2))
         seen = self.counts > 0
         self.present.copy_(seen | ~seen.any(-1, keepdim=True))  # nothing known of a source or label: all its classes stay, alike
         means = (sums["feature_sums"] / self.counts.clamp(min=1e-12).unsqueeze(-1)).to(self.centroids.dtype)
         replace = torch.ones_like(seen) if self.prototypes == "mean" else seen & ~self.started
-        self.centroids.data.copy_(torch.where(replace.unsqueeze(-1), means, self.centroids.data))
+        self.centroids.copy_(torch.where(replace.unsqueeze(-1), means, self.centroids))
         self.started |= seen
         if not self._warned and not self.present[-1].all():
             warn_empty(self.counts[-1])
@@ -100,20 +140,25 @@ class _Refreshed(_Observed):
         for value in sums.values():
             value.zero_()
 
+    def _tables(self):
+        yield "table_sums", self.log_table
+        if hasattr(self, "pair_sums"):
+            yield "pair_sums", self.log_pair_table
+
 # %% ../nbs/3_model/03_objective.ipynb #b891a2e7
 class _Statistics(_Refreshed):
     "All that the bound keeps between steps."
 
     @torch.no_grad()
-    def follow(self, features, weights, present):
-        for s, (z, here) in enumerate(zip(features, present, strict=True)):
-            w = weights * here.view(-1, *[1] * (weights.ndim - 1))
-            sums, counts = torch.einsum("n...a,nd->...ad", w, z.detach().to(w.dtype)), w.sum(0).unsqueeze(-1)
+    def follow(self, batch):
+        begun, counted, dtype = self.started.any(), batch.counted(), self.centroids.dtype  # a condition on the device: nothing waits for it
+        for s, z in enumerate(batch.features):
+            sums, counts = (_class_sums(v.detach().to(dtype), batch.labels, counted[s], self.present.shape[-1]) for v in (z, torch.ones_like(z[:, :1])))
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(sums)
                 dist.all_reduce(counts)
             mean = sums / counts.clamp(min=1e-12)
-            self.centroids[s] = torch.where(counts > 0, self.centroids[s].lerp(mean, 1 - self.momentum), self.centroids[s])
+            self.centroids[s] = torch.where(begun & (counts > 0), self.centroids[s].lerp(mean, 1 - self.momentum), self.centroids[s])
 
 # %% ../nbs/3_model/03_objective.ipynb #507acc30
 class _Settings(nn.Module):
@@ -173,24 +218,28 @@ class _Assigned(_Settings):
     def _prepare(self, z, fused, targets, mask):
         if set(z) != set(self.modalities):
             raise KeyError(f"z has modalities {sorted(z)}, the loss was built for {sorted(self.modalities)}")
-        features = [*(z[name] for name in self.modalities), fused]
-        for name, value in zip(self.statistics.sources, features, strict=True):
+        features = {**{name: z[name] for name in self.modalities}, "fused": fused}
+        for name, value in features.items():
             if value.ndim != 2 or value.shape != (len(targets), self.dim):
                 raise ValueError(f"{name!r} has shape {tuple(value.shape)}; with {len(targets)} targets and dim={self.dim} it must be ({len(targets)}, {self.dim})")
-        weights = one_hot_targets(targets, self.num_classes, self.multi_label)
+        labels, known = _indexed_targets(targets, self.num_classes, self.multi_label)
         if self.binary and not self.multi_label:  # class against the rest
-            weights = torch.stack([weights.sum(-1, keepdim=True) - weights, weights], -1)
-        everyone = torch.ones(len(targets), dtype=torch.bool, device=fused.device)
-        unknown = set(mask or {}) - set(self.modalities)
+            labels, known = F.one_hot(labels, self.num_classes), known.unsqueeze(-1).expand(-1, self.num_classes)
+        present = self._present(features, mask) if mask else None
+        dtype = functools.reduce(torch.promote_types, (f.dtype for f in features.values()), torch.promote_types(self.statistics.centroids.dtype, torch.float32))
+        return _Batch([f.to(dtype) for f in features.values()], labels, known, present)
+
+    def _present(self, features, mask):
+        everyone = torch.ones(len(features["fused"]), dtype=torch.bool, device=features["fused"].device)
+        unknown = set(mask) - set(self.modalities)
         if unknown:
             raise KeyError(f"mask names unknown modalities {sorted(unknown)}; known: {sorted(self.modalities)}")
-        for name, value in (mask or {}).items():
+        for name, value in mask.items():
             if value.dtype != torch.bool or value.shape != everyone.shape:
                 raise ValueError(f"mask of {name!r} is {value.dtype} of shape {tuple(value.shape)}; it must be bool of shape {tuple(everyone.shape)}, True where present")
-        present = [*((mask or {}).get(name, everyone) for name in self.modalities), everyone]
-        # Whatever stands in an absent row, NaN included, must not reach a product: 0 * NaN is NaN
-        features = [torch.where(here.unsqueeze(-1), f, 0.0) for f, here in zip(features, present, strict=True)]
-        return features, weights, present
+            # whatever stands in an absent row, NaN included, must not reach a product: 0 * NaN is NaN
+            features[name] = torch.where(value.unsqueeze(-1), features[name], 0.0)
+        return torch.stack([mask.get(name, everyone) for name in features])
 
     def _assign(self, features):
         stats = self.statistics
@@ -232,8 +281,231 @@ class _Terms(_Assigned):
             value = -label_alignment(log_phi, weights, stats.log_table[-1])
         return _mean_where(value, known)
 
+    def _plain(self, batch, watch):  # (terms,): one of each source; the released code has no fused one
+        log_phi = self._assign(batch.features)
+        if watch:
+            self.statistics.observe(batch, torch.stack(log_phi).exp())
+        terms = [self._modality_term(j, log_phi, batch.everyone()) for j in range(len(self.modalities))]
+        fused = [] if self.bound == "released" else [self._fused_term(log_phi[-1], batch.one_hot(log_phi[-1].shape[-1]))]
+        return torch.stack(terms + fused)
+
+# %% ../nbs/3_model/03_objective.ipynb #56e532c0
+def _scored(features, directions):
+    "Matrix products (S, n, K), written to their place where nothing is to be differentiated, and lengths (S, n, 1)."
+    if torch.is_grad_enabled():
+        raw = torch.stack([z @ w.T for z, w in zip(features, directions, strict=True)])
+        return raw, torch.stack([torch.linalg.vector_norm(z, dim=1, keepdim=True) for z in features])
+    raw, length = (features[0].new_empty(len(features), len(features[0]), k) for k in (directions.shape[1], 1))
+    for z, w, r, n in zip(features, directions.mT.unbind(), raw.unbind(), length.unbind(), strict=True):
+        torch.mm(z, w, out=r)
+        torch.linalg.vector_norm(z, dim=1, keepdim=True, out=n)  # while they are in the cache
+    return raw, length
+
+
+class _Ready(NamedTuple):
+    "The centroids' side of the assignments, and what it was made from."
+
+    directions: Tensor  # (S, K, D) w of every class of every group
+    bias: Tensor  # (S, K)
+    origin: Tensor | None  # (S, 1, D); None where it is in the bias
+    source: tuple  # the centroids, their version, and the precision
+
+    @classmethod
+    def of(cls, stats, temperature, normalize, source):
+        c = stats.centroids.detach().to(source[-1]).flatten(1, -2)
+        c = F.normalize(c, dim=-1) if normalize else c
+        origin = c.mean(1, keepdim=True)
+        c = c - origin
+        bias = -c.square().sum(-1) / temperature
+        c = c * (2 / temperature)
+        if normalize:
+            bias = bias - (c * origin).sum(-1)
+        # finite, unlike -inf: an empty class keeps probability 0, and 0 * log 0 needs no special case
+        return cls(c, bias.masked_fill(~stats.present.flatten(1), -1e30), None if normalize else origin, source)
+
+    def logits(self, features):
+        "Logits (S, n, K); where normalised also the products before, and the lengths."
+        if self.origin is not None:
+            features = [z - o for z, o in zip(features, self.origin.unbind(), strict=True)]
+        raw, length = _scored(features, self.directions)
+        if self.origin is not None:
+            return raw + self.bias.unsqueeze(1), None, None
+        return torch.addcmul(self.bias.unsqueeze(1), raw, 1 / length.clamp(min=1e-12)), raw, length
+
+# %% ../nbs/3_model/03_objective.ipynb #4d0fe244
+class _Weighted(_Terms):
+    "What a batch is multiplied with."
+
+    _ready = None
+
+    def _directions(self, dtype):
+        stats = self.statistics
+        version = None if stats.centroids.is_inference() else stats.centroids._version
+        if self._ready is None or version is None or not (self._ready.source[0] is stats.centroids and self._ready.source[1:] == (version, dtype)):
+            self._ready = _Ready.of(stats, self.temperature, self.normalize, (stats.centroids, version, dtype))
+        return self._ready
+
+    def __getstate__(self):  # copies make their own
+        return self.__dict__ | {"_ready": None}
+
+    def _pair_weights(self, batch, groups, dtype):  # [j][o], (n, *1) each, or one number; the diagonal is never looked at
+        m, n, present = len(self.modalities), len(batch.labels), batch.present
+        if present is None:
+            return [[1 / max((m - 1) * n * groups.numel(), 1)] * m] * m
+        both = (present[:m, None] & present[None, :m]).to(dtype)
+        partners = both.sum(1) - present[:m].to(dtype)
+        weights = both / (partners * (partners > 0).sum(1, keepdim=True) * groups.numel()).clamp(min=1).unsqueeze(1)
+        return [row.unbind() for row in weights[(..., *[None] * (len(groups) + 1))]]
+
+    def _label_weights(self, known, dtype):  # (n, *g): mean over the known groups of a sample, then over the samples with any
+        if known.ndim == 1:
+            return known.to(dtype) / known.sum().clamp(min=1)
+        per_sample = known.sum(1, keepdim=True)
+        return known.to(dtype) / ((per_sample > 0).sum() * per_sample).clamp(min=1)
+
+# %% ../nbs/3_model/03_objective.ipynb #54807561
+def _through(phi, table):  # rows of (n, *g, a) times table (*g, a, y) -> (n, *g, y)
+    return phi @ table if table.ndim == 2 else torch.einsum("n...a,...ay->n...y", phi, table)
+
+
+class _Piece(NamedTuple):
+    "Constants of some rows of a batch."
+
+    ready: _Ready
+    tables: list  # tables[j][o] of each ordered pair of modalities; the same one for all o unless they are per pair
+    label_side: Tensor  # (n, *g, k) W of the fused source
+    pairs: list  # pairs[j][o]: their weight, a number or (n, *1)
+    entropies: Tensor | None  # (S, n, *g, 1) weight of phi log phi; None: no such term
+
+    def forward(self, features):
+        "Terms (S,), and what their gradient needs."
+        logits, raw, length = self.ready.logits(features)
+        logits = logits.view(len(features), *self.label_side.shape)
+        log_phi = None if self.entropies is None else logits.log_softmax(-1)
+        phi = logits.softmax(-1) if log_phi is None else log_phi.exp()
+        against = torch.stack([*(self._against(j, phi.unbind()) for j in range(len(features) - 1)), self.label_side])
+        value = phi * (against if log_phi is None else against - self.entropies * log_phi)
+        return -value.flatten(1).sum(1), (phi, log_phi, against, raw, length)
+
+    def _against(self, j, phi):  # W of modality j
+        others = [o for o in range(len(phi) - 1) if o != j]
+        if all(self.tables[j][o] is self.tables[j][others[0]] for o in others):
+            return _through(sum(self.pairs[j][o] * phi[o] for o in others), self.tables[j][others[0]].mT)
+        return sum(_through(self.pairs[j][o] * phi[o], self.tables[j][o].mT) for o in others)
+
+    def backward(self, g, features, kept, wanted):
+        "Gradient of g @ terms with respect to the features for which it is wanted."
+        phi, log_phi, against, raw, length = kept
+        each, g = g.unbind(), g.view(-1, *[1] * (phi.ndim - 1))
+        slope = -g * against if log_phi is None else g * (self.entropies * log_phi - against)
+        phis, slopes = phi.unbind(), slope.unbind()
+        for j in range(len(phis) - 1):
+            cross = {}  # one product for all partners that share a table
+            for o in range(len(phis) - 1):
+                if o != j:
+                    table = self.tables[j][o]
+                    if id(table) not in cross:
+                        cross[id(table)] = _through(phis[j], table)
+                    slopes[o].addcmul_(self.pairs[j][o] * each[j], cross[id(table)], value=-1)
+        slope = torch._softmax_backward_data(slope, phi, -1, phi.dtype).flatten(2)
+        return self._to_features(slope, features, raw, length, wanted)
+
+    def _to_features(self, slope, features, raw, length, wanted):
+        if length is None:
+            return [s @ w if want else None for s, w, want in zip(slope.unbind(), self.ready.directions.unbind(), wanted, strict=True)]
+        inverse = 1 / length.clamp(min=1e-12)
+        # unit length takes the component along z away; below 1e-12 F.normalize divides by a constant
+        along = (slope * raw).sum(-1, keepdim=True) * inverse.pow(3).mul_(length >= 1e-12)
+        sides = zip(slope.mul_(inverse).unbind(), self.ready.directions.unbind(), features, along.unbind(), wanted, strict=True)
+        return [(s @ w).addcmul_(z, a, value=-1) if want else None for s, w, z, a, want in sides]
+
+# %% ../nbs/3_model/03_objective.ipynb #730f1eab
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pieces, watch, *features):  # pieces: [(rows, function that makes the _Piece)]
+        total, kept = 0, ()
+        for rows, make in pieces:
+            piece = make()
+            terms, kept = piece.forward(features if len(pieces) == 1 else [f[rows] for f in features])
+            if watch is not None:
+                watch(rows, kept[0])
+            total = total + terms
+        tables = [table for row in piece.tables for table in row]  # saved, so that a refresh before the backward pass is noticed
+        ctx.pieces, ctx.count = [(pieces[0][0], lambda: piece)] if len(pieces) == 1 else pieces, len(features)
+        ctx.save_for_backward(*features, *(kept if len(pieces) == 1 else ()), *tables)
+        return total
+
+    @staticmethod
+    @full_precision
+    def backward(ctx, g):
+        features, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count : ctx.count + 5]
+        wanted = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            total = sum(make().forward([f[rows] for f in features])[0] for rows, make in ctx.pieces)
+            found = iter(torch.autograd.grad(total, [f for f, want in zip(features, wanted, strict=True) if want], g, create_graph=True))
+            return None, None, *(next(found) if want else None for want in wanted)
+        found = []
+        for rows, make in ctx.pieces:
+            piece, part = make(), features if len(ctx.pieces) == 1 else [f[rows] for f in features]
+            found.append(piece.backward(g, part, kept if len(ctx.pieces) == 1 else piece.forward(part)[1], wanted))
+        return None, None, *(parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True))
+
+# %% ../nbs/3_model/03_objective.ipynb #25408677
+class _Fast(_Weighted):
+    "The terms by `_Product` where the centroids are constants, by the definition elsewhere."
+
+    _piece_size = 2**24  # numbers in one array of all sources
+
+    def _rows(self, n):
+        stats = self.statistics
+        size = max(1, self._piece_size // (len(stats.sources) * max(stats.present[0].numel(), self.dim)))
+        return [slice(start, start + size) for start in range(0, max(n, 1), size)]
+
+    def _pieces(self, batch):
+        stats, dtype, m = self.statistics, batch.features[0].dtype, len(self.modalities)
+        groups, ready, tight = stats.present.shape[1:-1], self._directions(dtype), self.bound == "tight"
+        pairs, labels = self._pair_weights(batch, groups, dtype), self._label_weights(batch.known, dtype).unsqueeze(-1)
+        if self.table == "optimal":
+            tables = [row.unbind() for row in stats.log_pair_table.to(dtype)]
+        else:
+            tables = [[table] * m for table in stats.log_table.to(dtype).unbind()[:m]]
+        last, marginal = stats.log_table[-1].mT.to(dtype), (m - 1) * stats.log_marginal[-1].to(dtype)
+
+        def make(rows):
+            which, share = batch.labels[rows], labels[rows]
+            weights = pairs if batch.present is None else [[w[rows] for w in row] for row in pairs]
+            column = last[torch.arange(len(last), device=which.device), which] if groups else last.index_select(0, which)
+            entropies = None
+            if tight:
+                modal = [torch.zeros_like(share) + sum(weights[j][o] for o in range(m) if o != j) for j in range(m)]
+                entropies = torch.stack([*modal, m * share])
+            return _Piece(ready, tables, share * (column + marginal if tight else column), weights, entropies)
+
+        return [(rows, functools.partial(make, rows)) for rows in self._rows(len(batch.labels))]
+
+    def _terms_of(self, batch, watch):
+        if self.bound == "released" or self.statistics.prototypes == "learnable" or torch._C._are_functorch_transforms_active():
+            return self._plain(batch, watch)
+        return _Product.apply(self._pieces(batch), functools.partial(self._watch, batch) if watch else None, *batch.features)
+
+    @torch.no_grad()
+    def _watch(self, batch, rows, phi):
+        part = batch if len(batch.labels) == phi.shape[1] else batch.of(rows)
+        self.statistics.observe(part, phi)
+
+    @torch.no_grad()
+    def _observe(self, batch):
+        for rows in self._rows(len(batch.labels)):
+            part = batch.of(rows)
+            if self.bound == "released" or self.statistics.prototypes == "learnable":
+                phi = torch.stack(self._assign(part.features)).exp()
+            else:
+                logits = self._directions(part.features[0].dtype).logits(part.features)[0]
+                phi = logits.view(*logits.shape[:2], *self.statistics.present.shape[1:]).softmax(-1)
+            self.statistics.observe(part, phi)
+
 # %% ../nbs/3_model/03_objective.ipynb #e197f31c
-class IBBLoss(_Terms):
+class IBBLoss(_Fast):
     """The IBB regulariser of IBMA as a module: call it in every step, `refresh()` it after every epoch.
 
     `bound="paper"` returns Theorem 3.1 and Eq. (11) up to their terms U, which are constant in the encoders; `"tight"` our tighter bound; `"released"` what the authors' code computes
@@ -248,30 +520,26 @@ class IBBLoss(_Terms):
         mask: dict[str, Tensor] | None = None,  # modality -> (n,) bool, True where present
     ) -> Tensor:  # scalar, nats
         "Regulariser of one batch: the sum of one term per modality and one for the fused representation. Raises KeyError, ValueError naming the argument."
-        return sum(self.separate(z, fused, targets, mask).values())
+        return self._step(z, fused, targets, mask).sum()
 
-    @full_precision
     def separate(self, z, fused, targets, mask=None) -> dict[str, Tensor]:  # modality and "fused" -> scalar, nats
         "The terms that the call adds up, each with its gradient: for ablations and weights of one's own. Arguments as in the call."
-        features, weights, present = self._prepare(z, fused, targets, mask)
-        log_phi = self._assign(features)
-        terms = {name: self._modality_term(j, log_phi, present) for j, name in enumerate(self.modalities)}
-        if self.bound != "released":  # the released code has no fused term
-            terms["fused"] = self._fused_term(log_phi[-1], weights)
-        if self.training and torch.is_grad_enabled():
-            if self.refresh_mode == "streaming":
-                self.statistics.observe(features, log_phi, weights, present)
-            if self.statistics.prototypes == "ema" and self.statistics.started.any():
-                self.statistics.follow(features, weights, present)
-        self.terms = {name: value.detach() for name, value in terms.items()}
+        return dict(zip(self.statistics.sources, self._step(z, fused, targets, mask).unbind(), strict=self.bound != "released"))
+
+    @full_precision
+    def _step(self, z, fused, targets, mask):
+        batch, live = self._prepare(z, fused, targets, mask), self.training and torch.is_grad_enabled()
+        terms = self._terms_of(batch, live and self.refresh_mode == "streaming")
+        if live and self.statistics.prototypes == "ema":
+            self.statistics.follow(batch)
+        self.terms = dict(zip(self.statistics.sources, terms.detach().unbind(), strict=self.bound != "released"))
         return terms
 
     @full_precision
     @torch.no_grad()
     def observe(self, z, fused, targets, mask=None) -> None:
         "Add a batch to the statistics of the next `refresh()`; no gradient. Arguments as in the call."
-        features, weights, present = self._prepare(z, fused, targets, mask)
-        self.statistics.observe(features, self._assign(features), weights, present)
+        self._observe(self._prepare(z, fused, targets, mask))
 
     @property
     def information(self) -> dict[str, float]:
