@@ -781,3 +781,145 @@ def test_masks_of_another_shape_or_type_are_refused_by_name(mask):
 def test_bad_labels_are_refused(targets, message):
     with pytest.raises(ValueError, match=message):
         build(C, NAMES[:2], D, multi_label=True)(*features(0), targets)
+
+
+# --- the fast path is the definition
+
+
+def way(loss, name, z, fused, labels, mask):
+    batch = loss._prepare(z, fused, labels, mask)
+    return getattr(loss, name)(batch, False)
+
+
+@pytest.mark.parametrize("piece_size", [2**24, 3 * 4 * 8], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("bound", ["paper", "tight"])
+def test_fast_terms_and_gradients_are_those_of_the_definition(scenario, bound, piece_size):
+    case = {"m": 2, "mask": None, "labels": class_labels(), "options": {}} | SCENARIOS[scenario]
+    m, mask, labels = case["m"], case["mask"], case["labels"]
+    loss = build(C, NAMES[:m], D, bound=bound, **case["options"])
+    for epoch in range(2):
+        z, fused = features(epoch, m)
+        loss.observe(z, fused, labels, mask)
+        loss.refresh()
+    loss._piece_size = piece_size
+    assert (len(loss._rows(N)) > 1) == (piece_size < 2**24)
+    weight = torch.arange(1, m + 2, dtype=torch.float64)
+    found = []
+    for name in ("_plain", "_terms_of"):
+        leaf, leaf_fused = {k: v.double().requires_grad_() for k, v in z.items()}, fused.double().requires_grad_()
+        terms = way(loss, name, leaf, leaf_fused, labels, mask)
+        gradient = torch.autograd.grad(terms @ weight, [*leaf.values(), leaf_fused], create_graph=True)
+        second = torch.autograd.grad(sum((g**2).sum() for g in gradient), [*leaf.values(), leaf_fused], retain_graph=True)
+        found.append([terms.detach(), *torch.autograd.grad(terms @ weight, [*leaf.values(), leaf_fused]), *second])
+    assert found[0][1].abs().max() > 1e-3
+    for slow, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-9, rtol=1e-7)
+
+
+def test_closed_form_gradient_against_finite_differences():
+    for bound, normalize in (("paper", True), ("tight", True), ("tight", False)):
+        loss, z, fused, labels = ready(class_labels(unlabelled=True), bound=bound, normalize=normalize)
+        rows, mask = slice(0, 7), {"audio": torch.arange(7) % 3 > 0}
+        leaf = [v[rows].double().requires_grad_() for v in (*z.values(), fused)]
+
+        def terms(a, b, c, loss=loss, mask=mask):
+            return way(loss, "_terms_of", {"audio": a, "image": b}, c, labels[:7], mask)
+
+        assert torch.autograd.gradcheck(terms, leaf) and torch.autograd.gradgradcheck(terms, leaf)
+
+
+def test_a_representation_of_length_zero_has_the_gradient_of_the_definition():
+    loss, z, fused, labels = ready(normalize=True)
+    z["audio"][2] = 0
+    found = []
+    for name in ("_plain", "_terms_of"):
+        leaf = leaves(z)
+        way(loss, name, leaf, fused, labels, None).sum().backward()
+        found.append(leaf["audio"].grad)
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def changes(loss):
+    "Ways in which the centroids may change."
+    other, z, fused, labels = ready(class_labels(skewed=True))
+    z2, fused2 = features(11)
+    yield "refresh", lambda: (loss.observe(z2, fused2, labels), loss.refresh())
+    yield "state dict", lambda: loss.load_state_dict(other.state_dict())
+    yield "in place", lambda: loss.statistics.centroids.mul_(0.5)
+    yield "double", lambda: loss.double()
+    yield "another tensor", lambda: setattr(loss.statistics, "centroids", loss.statistics.centroids + 1)
+    yield "the tables only", lambda: loss.statistics.log_table.copy_(loss.statistics.log_table.flip(0))
+    with torch.inference_mode():
+        yield "in inference mode", lambda: loss.statistics.centroids.mul_(2)
+
+
+def test_what_is_kept_between_steps_follows_the_centroids():
+    loss, z, fused, labels = ready()
+    for name, change in changes(loss):
+        change()
+        with torch.no_grad():
+            slow, fast = (way(loss, which, z, fused, labels, None) for which in ("_plain", "_terms_of"))
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"after {name}: {m}")
+
+
+def test_a_refresh_between_forward_and_backward_is_noticed():
+    loss, z, fused, labels = ready()
+    value = loss(leaves(z), fused, labels)
+    loss.observe(z, fused, labels)
+    loss.refresh()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"bound": "tight"}, {"table": "optimal"}], ids=str)
+def test_streaming_in_pieces_observes_everybody_once(options):
+    whole, pieces = (build(C, NAMES[:2], D, refresh="streaming", **options) for _ in range(2))
+    pieces._piece_size = 3 * 4 * 5
+    labels, mask = class_labels(unlabelled=True), masks(2)
+    for epoch in range(3):
+        z, fused = features(epoch)
+        a, b = (loss(leaves(z), fused, labels, mask) for loss in (whole, pieces))
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+        whole.refresh()
+        pieces.refresh()
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(pieces.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+def test_streaming_assigns_once(monkeypatch):
+    from ibma import objective
+    loss, z, fused, labels = ready(refresh="streaming")
+    calls = []
+    scored = objective._scored
+    monkeypatch.setattr(objective, "_scored", lambda *a: calls.append(1) or scored(*a))
+    loss(leaves(z), fused, labels).backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("bound", ["paper", "tight"])
+def test_nothing_larger_than_the_representations_is_kept_for_the_backward_pass(bound):
+    n, k, dim = 50, 40, 8
+    g = torch.Generator().manual_seed(0)
+    z, fused, labels = {name: torch.randn(n, dim, generator=g, requires_grad=True) for name in NAMES[:2]}, torch.randn(n, dim, generator=g), torch.arange(n) % k
+    loss = build(k, NAMES[:2], dim, bound=bound)
+    for _ in range(2):
+        loss.observe(z, fused, labels)
+        loss.refresh()
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        loss(z, fused, labels).backward()
+    assert max(sizes) == 3 * n * k and sum(sizes) <= 5 * 3 * n * k + 3 * n * dim + 4 * k * k
+
+
+def test_many_classes_keep_sums_in_single_precision():
+    assert build(2049, NAMES[:2], 1).statistics.table_sums.dtype == torch.float32
+    assert build(C, NAMES[:2], 1).statistics.table_sums.dtype == torch.float64
+
+
+def test_under_torch_func_the_definition_is_used():
+    loss, z, fused, labels = ready()
+    expected = torch.autograd.grad(loss((leaf := leaves(z)), fused, labels), leaf["audio"])[0]
+    found = torch.func.grad(lambda a: loss({**z, "audio": a}, fused, labels))(z["audio"])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
