@@ -432,6 +432,7 @@ def reproduce(
     jobs: Jobs = "1",
     store: Annotated[str, typer.Option("--store", metavar="DIR", help="Where runs are recorded, relative to the root.")] = None,
     root: Annotated[str, typer.Option("--root", metavar="DIR", help="Root of the repository.")] = ".",
+    adopt: Annotated[int, typer.Option("--adopt", metavar="N", min=0, help="After an edit that should change no number: repeat N runs of each kind, and take over the older records of those that give the same again.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and with which parameters.")] = False,
 ):
     """Execute the notebooks behind the tables and figures.
@@ -448,6 +449,8 @@ def reproduce(
                 for page in pages)])
             print("took before: recorded runs of this profile's store and their time in one process; finished runs are not repeated")
             return 0
+        if adopt:
+            os.environ["IBMA_ADOPT"] = str(adopt)      # the kernels inherit it
         runs.reproduce(**chosen)
         return 0
 

@@ -749,7 +749,7 @@ def _check_grid(configs):
 
 
 def run_grid(store, table, configs, run, *, depends_on=(), data_kind=None, progress=True, n_jobs=1, on_error="record",
-             backend=None, time_limit=None):
+             backend=None, time_limit=None, adopt=None):
     """Run every configuration that is not finished yet, and return the data frame of exactly these configurations, in their order.
 
     store: `RunStore` or folder; table: name of the table, one grid owns it.
@@ -761,6 +761,9 @@ def run_grid(store, table, configs, run, *, depends_on=(), data_kind=None, progr
     n_jobs: processes (joblib); on_error: "record" a failure and go on, or record it and "raise" RunFailed.
     backend: "loky" (processes here), "dask" (the current distributed.Client, or the scheduler at IBMA_SCHEDULER) or "ray"; None: IBMA_BACKEND,
         else what `joblib.parallel_config` says. time_limit: seconds per run, after which it counts as failed.
+
+    adopt: number of finished runs under older code to repeat, of each group that shares old and new code; where all of them give the same
+        metrics again (times aside), the others are taken over under the new key and say so (`adopted`). None: IBMA_ADOPT, else 0.
 
     A run is keyed by configuration and code: finished ones are kept, failed ones are tried again, and a finished run replaces the
     record of the same configuration under older code. Several processes may work on one store: each run is done by one of them. A worker
@@ -784,11 +787,11 @@ def run_grid(store, table, configs, run, *, depends_on=(), data_kind=None, progr
     codes = {used: code_hash(run, *used) for used in set(modules)}
     keys = [_digest(f"{hashes[i]}-{codes[modules[i]]}") for i in range(len(configs))]
     labels, width = _labels(configs), len(str(len(configs)))
-    records, older = {}, {}
+    records, older, place = {}, {}, {key: i for i, key in enumerate(keys)}
     for record in store.records(table):
         older.setdefault(record["config_hash"], []).append(record)
-        if record["key"] in keys and record["status"] == "finished":
-            records[keys.index(record["key"])] = record
+        if record["key"] in place and record["status"] == "finished":
+            records[place[record["key"]]] = record
 
     shown = iter(range(1, len(configs) + 1))
 
@@ -826,6 +829,23 @@ def run_grid(store, table, configs, run, *, depends_on=(), data_kind=None, progr
         if outcome["error"] and on_error == "raise":
             raise RunFailed(f"{table}, {labels[i]}: {_one_line(outcome['error'])}") from exception
 
+    adopt = int(os.environ.get("IBMA_ADOPT", "0")) if adopt is None else adopt
+    groups = _groups_of_older([(i, older.get(hashes[i], ()), codes[modules[i]]) for i in todo]) if adopt > 0 else {}
+    samples = [i for group in groups.values() for i in list(group)[::max(1, len(group) // adopt)][:adopt]]
+    todo = samples + [i for i in todo if i not in set(samples)]
+
+    def take_over():
+        """Records of groups whose sample gave the same numbers again."""
+        for (_, code), group in groups.items():
+            again = [i for i in group if i in records]
+            if again and all(_same_metrics(records[i]["metrics"], group[i]["metrics"]) for i in again):
+                for i, past in group.items():
+                    if i not in records:
+                        records[i] = past | {"key": keys[i], "code_hash": codes[modules[i]], "adopted": {"from_code": code, "repeated": len(again), "commit": head}}
+                        store.write(records[i])
+                        store.path(table, past["key"]).unlink(missing_ok=True)
+                        report(i, f"taken over: {len(again)} of its kind gave the same again")
+
     busy = []
     with _claims() as (claim, let_go):
         def mine(indices, wait):
@@ -843,12 +863,32 @@ def run_grid(store, table, configs, run, *, depends_on=(), data_kind=None, progr
                 else:
                     yield i
 
-        for indices, wait in ((todo, False), (busy, True)):
-            for i, outcome in _outcomes(run, configs, mine(list(indices), wait), n_jobs, backend, time_limit):
-                keep(i, outcome)
-                let_go(store.path(table, keys[i]))
+        for part in (samples, todo):
+            for indices, wait in (([i for i in part if i not in records], False), (busy, True)):
+                for i, outcome in _outcomes(run, configs, mine(list(indices), wait), n_jobs, backend, time_limit):
+                    keep(i, outcome)
+                    let_go(store.path(table, keys[i]))
+            busy.clear()
+            if part is samples:
+                take_over()
     _house(store, records, homeless)
     return _frame([records[i] for i in range(len(configs))])
+
+
+def _groups_of_older(candidates):
+    """(new code, old code) -> {index: finished record under the old code}; only groups with something left to take over."""
+    groups = {}
+    for i, past, code in candidates:
+        finished = [record for record in past if record["status"] == "finished"]
+        if finished:
+            groups.setdefault((code, finished[-1]["code_hash"]), {})[i] = finished[-1]
+    return {key: group for key, group in groups.items() if len(group) > 1}
+
+
+def _same_metrics(a, b):
+    """Equal, apart from what a clock says."""
+    timed = re.compile(r"second|_ms$|time")
+    return all(a.get(name) == b.get(name) for name in a.keys() | b.keys() if not timed.search(name))
 
 
 def _check_writable(store, table):

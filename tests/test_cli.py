@@ -1,4 +1,5 @@
 """The command `ibma`: output, exit codes, one line for every wrong command."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,15 @@ def test_dry_run_says_how_long_earlier_runs_took(book, capsys, monkeypatch):
     monkeypatch.setattr(runs.Page, "recorded", lambda page, root: (2, 7200.0))
     assert cli.main(["reproduce", "--dry-run", "--profile", "cpu", "--table", "tiny"]) == 0
     assert "2 runs, 2.0 h" in capsys.readouterr().out
+
+
+def test_adopt_reaches_the_grids(monkeypatch):
+    seen = []
+    monkeypatch.setattr(runs, "reproduce", lambda **options: seen.append(os.environ.get("IBMA_ADOPT")))
+    monkeypatch.delenv("IBMA_ADOPT", raising=False)
+    assert cli.main(["reproduce"]) == 0 and cli.main(["reproduce", "--adopt", "3"]) == 0
+    monkeypatch.delenv("IBMA_ADOPT")
+    assert seen == [None, "3"]
 
 
 def test_a_failed_notebook_is_exit_code_1(monkeypatch, capsys):

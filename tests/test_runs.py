@@ -364,6 +364,39 @@ def test_changed_code_runs_again_and_replaces_the_older_record(tmp_path, toy):
     assert RunStore(tmp_path / "store").to_frame("main")["accuracy"].tolist() == [0.2, 0.2]
 
 
+def test_older_records_are_taken_over_where_a_sample_gives_the_same_numbers_again(tmp_path):
+    calls = []
+
+    def before(config):
+        return {"accuracy": config["seed"] / 10, "seconds_per_epoch": 1.0}
+
+    def after(config):                                       # the same for ce, something else for ibma, and another time
+        calls.append(config["method"])
+        return {"accuracy": config["seed"] / 10 + (config["method"] == "ibma") * 1e-12, "seconds_per_epoch": 2.0}
+
+    def last(config):
+        calls.append(config["method"])
+        return {"accuracy": 0.5}
+
+    def with_code(run, adopt):
+        calls.clear()
+        return run_grid(tmp_path, "main", grid(("ce", "ibma"), range(6)), run, adopt=adopt, progress=False,
+                        depends_on=lambda config: "ibma.runs" if config["method"] == "ce" else "ibma.metrics")
+
+    with_code(before, 0)
+    frame = with_code(after, 2)
+    assert calls.count("ce") == 2, "two repeated, four taken over"
+    assert calls.count("ibma") == 6, "a difference in the last digits: all of them anew"
+    assert frame["accuracy"].tolist() == [after({"method": m, "seed": s})["accuracy"] for m, s in zip(frame["method"], frame["seed"], strict=True)]
+    records = RunStore(tmp_path).records("main")
+    adopted = [r for r in records if "adopted" in r]
+    assert len(records) == 12 and len(adopted) == 4 and all(r["adopted"]["repeated"] == 2 and r["config"]["method"] == "ce" for r in adopted)
+    with_code(after, 2)
+    assert calls == [], "found under the new key"
+    with_code(last, 0)
+    assert len(calls) == 12, "nothing is taken over unasked"
+
+
 def test_depends_on_may_differ_between_configurations(tmp_path, monkeypatch, toy):
     real, calls = runs.code_hash, Counted()
     monkeypatch.setattr(runs, "code_hash", lambda run, *names: real(*names, root=toy.root))
