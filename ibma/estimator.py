@@ -37,6 +37,8 @@ def _column(values) -> np.ndarray:  # (n, ...) numbers, or (n,) objects
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    if hasattr(values, "toarray"):
+        raise TypeError("a modality is sparse, which is not supported: convert it with .toarray()")
     if hasattr(values, "to_numpy"):
         values = values.to_numpy()
     if isinstance(values, np.ndarray) and values.dtype != object and values.ndim:
@@ -319,6 +321,15 @@ class _Options(_Settings):
 def _is_frame(X) -> bool: return hasattr(X, "columns") and hasattr(X, "iloc")
 
 
+def _positions(modality: str, which, names: list | None, n: int) -> list[int]:
+    "Columns of a table by name, number or slice, as numbers. Raises KeyError for one that is not there."
+    found = list(range(n))[which] if isinstance(which, slice) else [names.index(c) if names and c in names else c for c in which]
+    for column in found:
+        if isinstance(column, str) or not 0 <= column < n:
+            raise KeyError(f"columns[{modality!r}] names {column!r}, and the table has {names or f'the columns 0 to {n - 1}'}")
+    return list(map(int, found))
+
+
 class _Inputs(_Options):
     "From whatever the caller has to `MultimodalData`."
 
@@ -350,8 +361,7 @@ class _Inputs(_Options):
         if not self.columns:
             return {"x": X}
         if reset:
-            every = np.arange(X.shape[1])
-            self.columns_ = {name: [names.index(c) if names and c in names else int(every[c]) for c in (every[which] if isinstance(which, slice) else which)] for name, which in self.columns.items()}
+            self.columns_ = {name: _positions(name, which, names, X.shape[1]) for name, which in self.columns.items()}
         return {name: X[:, which] for name, which in self.columns_.items()}
 
 # %% ../nbs/3_model/10_estimator.ipynb #5b8c0b46

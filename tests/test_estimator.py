@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from sklearn.base import clone, is_classifier
 from sklearn.exceptions import DataConversionWarning, NotFittedError
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, cross_val_score, train_test_split
@@ -450,7 +451,7 @@ def test_the_command_lines_reader_takes_the_same_file(fitted, table, tmp_path):
     method, about = load_model(fitted.save(tmp_path / "m.safetensors"))
     data = MultimodalData.from_arrays(*table)
     np.testing.assert_array_equal(probabilities(method, data), fitted.predict_proba(table[0]))
-    assert about["method"] == "ibma" and about["meta"]["estimator"]["params"]["max_epochs"] == 8
+    assert about["method"] == "ibma" and about["options"] == {"dim": 8, "eta": 0.5, "encoders": {}} and about["meta"]["estimator"]["params"]["max_epochs"] == 8
 
 
 def test_folder_of_the_hub_and_back(fitted, table, tmp_path, monkeypatch):
@@ -517,6 +518,7 @@ WRONG = {
     "a stack of pictures": (lambda X, y: (np.zeros((120, 4, 4)), y), ValueError, "name the modality"),
     "one table": (lambda X, y: (X["a"], y), ValueError, "one modality, 'x': the bound aligns two or more"),
     "data of this package": (lambda X, y: (MultimodalData.from_arrays(X, y), y), TypeError, "pass X=data.inputs"),
+    "a sparse modality": (lambda X, y: ({**X, "a": csr_matrix(X["a"])}, y), TypeError, "a modality is sparse"),
     "a scalar": (lambda X, y: ({**X, "a": 3}, y), TypeError, "a modality is a int"),
     "a dot in a name": (lambda X, y: ({"a.b": X["a"], "b": X["b"]}, y), ValueError, "without dots"),
 }
@@ -561,6 +563,17 @@ def test_wrong_input_to_predict_is_named(fitted, table):
     with pytest.raises(ValueError, match=r"mask of modality 'a' is int64"): fitted.predict(X, mask={"a": np.ones(120, int)})
     with pytest.raises(ValueError, match="nothing to score"): fitted.score(X, np.full(120, -1))
     with pytest.raises(TypeError, match="only the size of a vocabulary"): MultimodalClassifier(**QUICK, tokenizer=50).fit({"a": X["a"], "t": ["x"] * 120}, y)
+
+
+def test_columns_of_a_table_by_name_number_and_slice(table):
+    X, y = table
+    flat = np.concatenate([*X.values()], 1)
+    frame = pd.DataFrame(flat, columns=[f"c{i}" for i in range(9)])
+    expected = MultimodalClassifier(**QUICK).fit(X, y).predict_proba(X)
+    for held, columns in ((flat, {"a": slice(0, 5), "b": range(5, 9)}), (flat, {"a": [0, 1, 2, 3, 4], "b": slice(5, None)}), (frame, {"a": frame.columns[:5], "b": ["c5", "c6", "c7", "c8"]})):
+        np.testing.assert_allclose(MultimodalClassifier(**QUICK, columns=columns).fit(held, y).predict_proba(held), expected, atol=1e-6)
+    with pytest.raises(KeyError, match=r"columns\['a'\] names 9, and the table has the columns 0 to 8"): MultimodalClassifier(columns={"a": [9], "b": [0]}).fit(flat, y)
+    with pytest.raises(KeyError, match=r"columns\['a'\] names 'd'"): MultimodalClassifier(columns={"a": ["d"], "b": ["c1"]}).fit(frame, y)
 
 
 def test_a_class_that_the_validation_part_cannot_get_is_named(table):
