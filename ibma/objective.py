@@ -314,11 +314,11 @@ class _Ready(NamedTuple):
     directions: Tensor  # (S, K, D) w of every class of every group
     bias: Tensor  # (S, K)
     origin: Tensor | None  # (S, 1, D); None where it is in the bias
-    source: tuple  # the centroids, their version, and the precision
+    source: tuple  # the centroids, their version, the precision, and the settings
 
     @classmethod
     def of(cls, stats, temperature, normalize, source):
-        c = stats.centroids.detach().to(source[-1]).flatten(1, -2)
+        c = stats.centroids.detach().to(source[2]).flatten(1, -2)
         c = F.normalize(c, dim=-1) if normalize else c
         origin = c.mean(1, keepdim=True)
         c = c - origin
@@ -347,8 +347,8 @@ class _Weighted(_Terms):
     def _directions(self, dtype):
         stats = self.statistics
         version = None if stats.centroids.is_inference() else stats.centroids._version
-        if self._ready is None or version is None or not (self._ready.source[0] is stats.centroids and self._ready.source[1:] == (version, dtype)):
-            self._ready = _Ready.of(stats, self.temperature, self.normalize, (stats.centroids, version, dtype))
+        if self._ready is None or version is None or not (self._ready.source[0] is stats.centroids and self._ready.source[1:] == (version, dtype, self.temperature, self.normalize)):
+            self._ready = _Ready.of(stats, self.temperature, self.normalize, (stats.centroids, version, dtype, self.temperature, self.normalize))
         return self._ready
 
     def __getstate__(self):  # copies make their own

@@ -923,3 +923,16 @@ def test_under_torch_func_the_definition_is_used():
     expected = torch.autograd.grad(loss((leaf := leaves(z)), fused, labels), leaf["audio"])[0]
     found = torch.func.grad(lambda a: loss({**z, "audio": a}, fused, labels))(z["audio"])
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_changed_setting_takes_effect_at_once():
+    torch.manual_seed(0)
+    loss, fresh = (IBBLoss(3, ("a", "b"), dim=4, temperature=t) for t in (2.0, 0.5))
+    z, fused, y = {name: torch.randn(12, 4) for name in ("a", "b")}, torch.randn(12, 4), torch.arange(12) % 3
+    for _ in range(2):  # the first refresh only finds centroids
+        loss.observe(z, fused, y)
+        loss.refresh()
+    before = loss(z, fused, y)
+    fresh.load_state_dict(loss.state_dict())
+    loss.temperature = 0.5
+    assert torch.equal(loss(z, fused, y), fresh(z, fused, y)) and not torch.isclose(before, loss(z, fused, y))
