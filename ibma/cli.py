@@ -23,6 +23,8 @@ import typer
 
 from ibma import runs
 
+__all__ = ["app", "main", "prepare_cli"]
+
 STORES = ("results", ".runs/smoke")     # where results lie unless --store says otherwise
 UsageError = typer.BadParameter.__mro__[1]   # Typer brings its own copy of Click, or uses yours: either way it is this class
 
