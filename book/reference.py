@@ -70,7 +70,7 @@ def notebook_of(module: str, line: int | None = None) -> str | None:
 
 def part_of(module: str) -> str:
     """The page that lists a module. Raises KeyError for one that no page lists."""
-    for page, (_, _, folder, modules) in PARTS.items():
+    for page, (_, _, _, modules) in PARTS.items():
         if module in modules:
             return page
     notebook = notebook_of(module)

@@ -1,7 +1,11 @@
 """The public surface: every module imports, names what it exports, and documents it."""
+import ast
 import importlib.util
 import inspect
+import json
 import pkgutil
+import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -66,3 +70,65 @@ def test_signatures_others_call():
         assert list(inspect.signature(function).parameters) == names.split(), function.__qualname__
     options = inspect.signature(objective.IBBLoss).parameters
     assert {"num_classes", "modalities", "dim", "bound", "multi_label", "temperature", "normalize", "prototypes", "table", "refresh"} <= set(options)
+
+
+# ---- the frozen list: what may not change without a new version ------------------------------------------------------------
+
+FROZEN = Path(__file__).with_name("public_api.txt")
+OFFERED = ["assignments", "anomaly", "data", "data.core", "encoders", "estimator", "fusion", "gradcam", "ibb", "information", "integrations", "methods", "methods.base", "metrics", "mi_estimators",
+           "model", "model_files", "objective", "probing", "representations", "runs", "selection", "significance", "training", "verdicts"]
+
+
+def named_in_code_that_runs():
+    """Words in the pages' own code (not in what they export) and in the tests."""
+    root, words = Path(__file__).resolve().parents[1], set()
+    for path in (root / "nbs").rglob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "code" and not re.match(r"#\s*\|\s*(export|eval: false)", source):
+                words |= set(re.findall(r"[A-Za-z_]\w*", source))
+    for path in (root / "tests").rglob("*.py"):
+        words |= {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)} | {
+            node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    return words
+
+
+def surface():
+    """One line per function and class of the offered modules, with its parameters, as far as an example of it runs."""
+    known, lines = named_in_code_that_runs(), []
+    for module in (f"ibma.{name}" for name in OFFERED):
+        found = importlib.import_module(module)
+        for public in getattr(found, "__all__", None) or ["METHODS", "create"]:
+            value = getattr(found, public)
+            if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == module and public in known:
+                try:
+                    parameters = ", ".join(inspect.signature(value).parameters)
+                except ValueError:
+                    parameters = "..."
+                lines.append(f"{module}.{public}({parameters})")
+    return lines
+
+
+def test_nothing_of_the_frozen_list_is_gone_or_changed():
+    """A name or a parameter may be added at the end. To change one: raise the version, note it in CHANGELOG.md, and run `python tests/test_api.py`."""
+    now = {line.split("(")[0]: line.split("(", 1)[1].rstrip(")").split(", ") for line in surface()}
+    for line in FROZEN.read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        name, parameters = line.split("(")[0], line.split("(", 1)[1].rstrip(")").split(", ")
+        assert name in now, f"{name} is gone, or no page and no test names it any more"
+        kept = [p for p in now[name] if p in parameters]
+        assert kept == parameters or parameters == ["..."], f"{name} took ({', '.join(parameters)}), now ({', '.join(now[name])})"
+
+
+def test_every_frozen_name_is_in_the_reference():
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "book"))
+    import reference
+    for line in FROZEN.read_text().splitlines():
+        if not line.startswith("#"):
+            module, name = line.split("(")[0].rsplit(".", 1)
+            assert name in reference.public_names(module) and reference.part_of(module), line
+
+
+if __name__ == "__main__":
+    FROZEN.write_text("# The public interface: names and parameters that others may rely on. Written by `python tests/test_api.py`; tests/test_api.py keeps the package to it.\n" + "\n".join(surface()) + "\n")

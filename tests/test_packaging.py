@@ -111,8 +111,8 @@ def test_the_installed_wheel_works(built, tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel], check=True)
     env = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     # the editable install of the checkout answers to the same name: a path comes before its finder
-    code = ("import importlib, pkgutil, ibma\nassert ibma.__file__.startswith(%r), ibma.__file__\n"
-            "for m in pkgutil.walk_packages(ibma.__path__, 'ibma.'): importlib.import_module(m.name)\nprint('all imported')" % str(site))
+    code = (f"import importlib, pkgutil, ibma\nassert ibma.__file__.startswith({str(site)!r}), ibma.__file__\n"
+            "for m in pkgutil.walk_packages(ibma.__path__, 'ibma.'): importlib.import_module(m.name)\nprint('all imported')")
     prepare = "from ibma.encoders import declare_torchvision_operators as d; d()\n"
     done = subprocess.run([sys.executable, "-c", prepare + code], cwd=work, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "all imported" in done.stdout, done.stderr[-2000:]
