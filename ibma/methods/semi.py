@@ -59,6 +59,10 @@ def _mean(value, where):  # 0 where nothing counts
     return (value * where).sum() / where.sum().clamp(min=1)
 
 
+def _entropy(log_p):  # from logarithms: the derivative of p log p is not finite where p has become 0
+    return -(log_p.exp() * log_p).sum(-1)
+
+
 def _taught(logits, teacher, where, threshold):  # cross entropy with what the teacher is sure of, mean over all that may count
     p, best = teacher.detach().float().softmax(-1).max(-1)
     return _mean(F.cross_entropy(logits.float(), best, reduction="none") * (p >= threshold), where)
@@ -68,7 +72,7 @@ class EntropyMinimisation(SemiSupervised):
     "Every head should be sure of unlabelled samples."
 
     def unlabelled(self, out, batch, free):
-        values = [_mean(torch.special.entr(logits.float().softmax(-1)).sum(-1), free & here) for logits, here in self.heads(out, batch).values()]
+        values = [_mean(_entropy(logits.float().log_softmax(-1)), free & here) for logits, here in self.heads(out, batch).values()]
         return sum(values) / len(values)
 
 
@@ -146,7 +150,7 @@ class CoTraining(SemiSupervised):
     def _surest(self, p, ids):
         (sure, best), given = p.max(-1), {}
         for c in range(p.shape[-1]):
-            mine = (best == c).nonzero()[:, 0]
+            mine = ((best == c) & (sure > 0)).nonzero()[:, 0]  # an absent modality is sure of nothing
             chosen = mine[sure[mine].argsort(descending=True)[: round(self.step * self.rounds)]]
             given |= dict.fromkeys(ids[chosen].tolist(), c)
         return given
