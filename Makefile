@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED  ?= 0
 export HF_HUB_OFFLINE  ?= 1
 
-.PHONY: help setup test lint sync unit notebooks book reproduce stage html check-book readme serve clean
+.PHONY: help setup test lint sync unit notebooks book reproduce stage html check-book bench readme serve clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -79,6 +79,9 @@ html: setup
 check-book: setup
 	@echo "== checking the built book"
 	$(BIN)/python -m pytest -m book tests/test_book.py
+
+bench: setup  ## measure speed and memory again (half an hour); writes results/bench.json
+	$(BIN)/python benchmarks/speed.py
 
 readme: setup  ## regenerate README.md from nbs/index.ipynb
 	$(BIN)/python book/stage.py --readme
