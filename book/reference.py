@@ -241,7 +241,7 @@ def command_text() -> str:
         for p in command.params:
             if p.param_type_name == "option" and p.name != "help":
                 shown = ", ".join(f"`{o}`" for o in p.opts) + (f" {markdown(p.metavar)}" if p.metavar else "")
-                default = "" if p.default in (None, False) or callable(p.default) else f"`{p.default}`"
+                default = "" if p.default is None or p.default is False or callable(p.default) else f"`{p.default}`"
                 rows.append(f"| {shown} | {markdown(p.help or '')} | {default} |")
         out += [f"### {path}", f"```text\n{usage}\n```", prose(inspect.cleandoc(command.help or "")), "\n".join(f"- {p.metavar or p.name.upper()}: {markdown(p.help or '')}".replace("[", "\\[", 0) for p in arguments)]
         out += ["\n".join(rows) if len(rows) > 2 else "", f"```sh\n{examples}\n```" if examples else ""]
