@@ -241,7 +241,7 @@ def profiles(quick):
     if quick:
         return {"small": None}
     return {"small": None,
-            "ResNet-18 + ResNet-18": ({"audio": ("audio", audio), "video": ("video", frames)}, {"audio": {"backbone": "resnet18"}, "video": {"backbone": "resnet18"}}, 8, 6),
+            "ResNet-18 + ResNet-18": ({"audio": ("spectrogram", audio), "video": ("frames", frames)}, {"audio": {"backbone": "resnet18"}, "video": {"backbone": "resnet18"}}, 8, 6),
             "ResNet-18 + BERT-base": ({"image": ("image", (3, 224, 224)), "text": ("text", (64,))}, {"image": {"backbone": "resnet18"}, "text": {"backbone": "bert"}}, 8, 101)}
 
 
@@ -309,7 +309,7 @@ def refresh(quick, threads):
     from ibma.data import load
     from ibma.methods import create
     from ibma.training import TrainingConfig, evaluate, fit
-    seeds, epochs = (2, 2) if quick else (10, 10)
+    seeds, epochs = (2, 2) if quick else (10, 5)
     rows, now = [], clock(threads)
     for seed in range(seeds):
         data = load("sim-3", n=300 if quick else 1200, seed=seed)
