@@ -823,7 +823,7 @@ def test_closed_form_gradient_against_finite_differences():
         rows, mask = slice(0, 7), {"audio": torch.arange(7) % 3 > 0}
         leaf = [v[rows].double().requires_grad_() for v in (*z.values(), fused)]
 
-        def terms(a, b, c, loss=loss, mask=mask):
+        def terms(a, b, c, loss=loss, mask=mask, labels=labels):
             return way(loss, "_terms_of", {"audio": a, "image": b}, c, labels[:7], mask)
 
         assert torch.autograd.gradcheck(terms, leaf) and torch.autograd.gradgradcheck(terms, leaf)
