@@ -46,7 +46,7 @@ def folds(
     from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 
     rows = training_rows(data)
-    y, groups = data.target[rows].numpy(), None if data.groups is None else data.groups[rows].numpy()
+    y, groups = data.task.classes_of(data.target[rows]).numpy(), None if data.groups is None else data.groups[rows].numpy()
     pieces = len(rows) if groups is None else len(np.unique(groups))
     if not 2 <= k <= pieces:
         raise ValueError(f"k={k}: between 2 and {pieces} folds are possible, the number of {'samples' if groups is None else 'groups'}")

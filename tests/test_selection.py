@@ -189,3 +189,13 @@ def test_mistakes_are_named():
         select("ibma", data, {"etta": (0.1,)}, TINY, k=2)
     with pytest.raises(ValueError, match="metric='valid/f1' is unknown"):
         fold_scores("ce", data, {}, TINY, folds(data, 2), "valid/f1", OPTIONS)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_folds_of_a_regression_are_balanced_over_its_bins(grouped):
+    y = torch.linspace(-3, 3, 120)
+    data = MultimodalData.from_arrays({"a": torch.randn(120, 3), "b": torch.randn(120, 2)}, y, groups=torch.arange(120) // 2 if grouped else None, kind="regression", bins=[-1.0, 1.0])
+    for train, valid in folds(data, 4):
+        assert not set(train.tolist()) & set(valid.tolist()) and len(train) + len(valid) == 120
+        counts = data.subset(valid).class_counts()
+        assert counts.min() >= 7, f"bins of a fold: {counts.tolist()}"
