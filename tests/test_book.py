@@ -51,7 +51,7 @@ def test_front_page_search_index_and_math_script_are_there():
 
 def test_prose_pages_are_all_listed():
     prose = {path.stem for path in (ROOT / "book").glob("*.md")}
-    assert prose == {page for page in PAGES if not page.startswith("_staged/")}
+    assert prose == {page for page in PAGES if not page.startswith(("_staged/", "_generated/"))}
 
 
 @every_page
@@ -88,6 +88,8 @@ def test_math_and_figures_reach_the_page(page):
 def test_a_page_that_plots_shows_a_figure(page):
     # With a plotting backend that draws into the void the notebook runs and its figures are silently gone
     staged = ROOT / "book" / f"{page}.ipynb"
+    if staged.exists() and "IBMA_DATA" in staged.read_text() and not os.environ.get("IBMA_DATA"):
+        pytest.skip("its figure shows files that are not here")
     if staged.exists() and re.search(r"plt\.subplots\(|\.plot\(", staged.read_text()):
         assert re.search(r'<img\b[^>]*src="[^"]*_images/', rendered(page))
 
