@@ -70,7 +70,7 @@ stage: setup
 	@echo "== executing the pages"
 	$(BIN)/python book/stage.py --profile $(PROFILE)
 	$(BIN)/python book/gallery.py
-	$(BIN)/python book/reference.py
+	$(BIN)/python book/api_reference.py
 
 html: setup
 	@echo "== building the book"

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book"))
-import reference  # noqa: E402
+import api_reference as reference  # noqa: E402
 
 from ibma import runs, training  # noqa: E402
 from ibma.objective import IBBLoss  # noqa: E402

@@ -620,7 +620,7 @@ def test_a_dead_output_is_reported_before_all_of_them_die():
 
     def dead(rows):
         method = create("ce", data, seed=0, dim=8)
-        method.after_step = lambda batch: method.model.fused_head.map.weight.data[rows].zero_()
+        method.after_step = lambda batch: method.model.fused_head.map.weight.data.index_fill_(0, torch.tensor(rows, dtype=torch.int64), 0.0)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             fit(method, data, config=TrainingConfig(epochs=7, lr=1e-4))

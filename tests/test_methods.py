@@ -197,8 +197,8 @@ def outputs(method, batch):
     return [*out.z.values(), out.fused]
 
 
-def test_the_loss_is_eq_2():
-    data = toy_data(masks=True, unlabelled=True, num_modalities=3)
+def test_the_loss_is_eq_2():  # unlabelled pairs have a weight of their own: tests/test_unlabelled.py
+    data = toy_data(masks=True, num_modalities=3)
     method, batch = small("ibma", data, eta=0.7), whole(data)
     method.on_fit_start(list(data.loader(8)))
     method.on_epoch_end(list(data.loader(8)))

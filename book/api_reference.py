@@ -1,6 +1,6 @@
 """Write the part "Reference" of the book from the package: every public name with its signature as the source has it, comments included.
 
-    python book/reference.py               write book/_generated/api_*.md
+    python book/api_reference.py               write book/_generated/api_*.md
 
 A name is public where its module's `__all__` lists it. Signatures are taken from the source, so that the comments which explain the parameters stand where
 their author put them; the page that defines a name, and pages that use it, are found in the notebooks.
@@ -77,7 +77,7 @@ def part_of(module: str) -> str:
     for page, (_, _, folder, _) in PARTS.items():
         if notebook and notebook.startswith(f"{folder}/"):
             return page
-    raise KeyError(f"{module} is on no page of the reference: add it to PARTS in book/reference.py")
+    raise KeyError(f"{module} is on no page of the reference: add it to PARTS in book/api_reference.py")
 
 
 @functools.cache
