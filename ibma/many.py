@@ -54,7 +54,13 @@ class _Stack:
 
     def __init__(self, methods: Sequence[Method]):
         self.methods = list(methods)
-        self.parameters, self.buffers = stack_module_state([m.model for m in methods])
+        self.parameters, buffers = stack_module_state([m.model for m in methods])
+        # The gradient of a matrix comes out of vmap transposed in memory: what is trained lies likewise, which saves copies of all of it
+        self._lying = {name for name, p in self.parameters.items() if p.ndim == 3}
+        self.parameters = {name: (p.transpose(1, 2).contiguous() if name in self._lying else p).detach().requires_grad_(p.requires_grad) for name, p in self.parameters.items()}
+        # what is the same in all models (the scaling of the inputs) is kept and computed once
+        self.buffers = {name: b[0] if (b == b[:1]).all() else b for name, b in buffers.items()}
+        self._axes = {name: None if b.ndim < buffers[name].ndim else 0 for name, b in self.buffers.items()}
         # in evaluation mode PyTorch would choose fused kernels of attention, which know no further axis; nothing else depends on the mode here
         self.skeleton = copy.deepcopy(methods[0].model).to("meta").train()
 
@@ -67,14 +73,18 @@ class _Stack:
 
         where = None if shared else 0
         with sdpa_kernel(SDPBackend.MATH):  # attention as matrix products
-            return vmap(forward, in_dims=(0, 0, where, where), randomness="error")(self.parameters, self.buffers, batch.inputs, batch.mask)
+            return vmap(forward, in_dims=(0, self._axes, where, where), randomness="error")(self._weights(), self.buffers, batch.inputs, batch.mask)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: p.transpose(1, 2) if name in self._lying else p for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def unstack(self) -> None:
         "Weights back into the models."
+        weights = self._weights()
         for s, method in enumerate(self.methods):
             for name, p in method.model.named_parameters():
-                p.copy_(self.parameters[name][s])
+                p.copy_(weights[name][s])
 
 
 def _stacked(batches: Sequence[Batch]) -> Batch:
@@ -146,6 +156,8 @@ def fit_many(
         method.to(device).train()
         for name, encoder in method.model.encoders.items():
             encoder.scaler.load_state_dict(methods[0].model.encoders[name].scaler.state_dict())
+    # glibc gives freed memory back above twice the largest block ever freed, and stacked gradients then cost page faults in every step: free one large block
+    torch.empty(31 * 2**20, dtype=torch.uint8)
     stack = _Stack(methods)
     _renew(stack, batches, first=True)
     # the weights of all models no longer fit the cache: one pass over them instead of one per operation
