@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED  ?= 0
 export HF_HUB_OFFLINE  ?= 1
 
-.PHONY: help setup test lint sync unit notebooks book reproduce stage html check-book bench readme serve clean
+.PHONY: help setup test lint sync unit notebooks book reproduce stage html check-book bench wheel readme serve clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -82,6 +82,9 @@ check-book: setup
 
 bench: setup  ## measure speed and memory again (half an hour); writes results/bench.json
 	$(BIN)/python benchmarks/speed.py
+
+wheel: setup  ## build the wheel and run every page with it in a fresh environment: PYTHON=python3.12 TORCH="torch==2.6.0"
+	$(BIN)/python tests/wheel.py --python $(PYTHON) --torch "$(TORCH)" --jobs $(JOBS)
 
 readme: setup  ## regenerate README.md from nbs/index.ipynb
 	$(BIN)/python book/stage.py --readme

@@ -411,7 +411,10 @@ PARTS = {"terms": terms, "steps": steps, "refresh": refresh, "scaling": scaling,
 
 def machine(threads):
     import torch
-    return {"cores": os.cpu_count(), "threads": threads, "load": round(os.getloadavg()[0], 1), "processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__,
+
+    from ibma.runs import _commit
+    commit, dirty = _commit()
+    return {"commit": f"{commit}{' with changes' if dirty else ''}", "cores": os.cpu_count(), "threads": threads, "load": round(os.getloadavg()[0], 1), "processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__,
             "clock": "processor time" if threads == 1 else "wall time", "gigabytes": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9)}
 
 

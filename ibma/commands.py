@@ -411,17 +411,20 @@ def explain(model, source, out, *, modality=None, rows=None, count=6, part="auto
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise ValueError(f"{out.name}: pictures are written as .png, .jpg, .pdf or .svg")
     _writable(out, "the picture")
-    import matplotlib
-
-    matplotlib.use("agg")
     from .encoders import ImageEncoder
-    from .gradcam import cam, contact_sheet
 
     method, about, data, part = _load(model, source, part, device, root, data_options, reading)
     task = method.task
     pictures = [name for name, encoder in method.model.encoders.items() if isinstance(encoder, ImageEncoder)]
     if not pictures:
         raise ValueError(f"none of the modalities {', '.join(task.modalities)} is a picture, a clip or a spectrogram: there is nothing to draw a map on")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('the maps are drawn with matplotlib: pip install "ibma[explain]"') from error
+    matplotlib.use("agg")
+    from .gradcam import cam, contact_sheet
+
     modality = modality or pictures[0]
     chosen = data.subset(list(rows)) if rows else data.subset(range(min(count, len(data))))
     batch = chosen[:].to(next(method.parameters()).device)

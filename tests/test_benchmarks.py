@@ -67,7 +67,7 @@ def test_every_part_runs_and_leaves_the_others_alone(speed, part, tmp_path, caps
     finally:
         torch.set_num_threads(threads)
     record = json.loads(out.read_text())
-    assert record["other"] == 1 and record[part]["rows"] and record[part]["machine"]["threads"] == 1
+    assert record["other"] == 1 and record[part]["rows"] and record[part]["machine"]["threads"] == 1 and record[part]["machine"]["commit"]
     assert "written to" in capsys.readouterr().out
 
 

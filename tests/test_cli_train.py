@@ -366,7 +366,7 @@ def test_a_renamed_file_is_known_again_and_a_relabelled_one_refused(there, capsy
         os.replace("other.npz", "data.npz")
 
 
-def test_explain_draws_a_picture(here, capsys):
+def test_explain_draws_a_picture(here, capsys, monkeypatch):
     need("pytorch_grad_cam")
     found, rng = arrays(), np.random.default_rng(0)
     picture = rng.normal(size=(120, 1, 8, 8)).astype(np.float32)
@@ -379,6 +379,9 @@ def test_explain_draws_a_picture(here, capsys):
     from PIL import Image
     assert Image.open("e.png").size[0] > 300
     assert "is there already" in run(capsys, "explain", "m.safetensors", "p.npz", "--out", "e.png")[2]
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib", None)
+        assert 'pip install "ibma[explain]"' in run(capsys, "explain", "m.safetensors", "p.npz", "--out", "g.png")[2]
     assert "is a vector" in run(capsys, "explain", "m.safetensors", "p.npz", "--out", "f.png", "--modality", "sound")[2]
     assert run(capsys, "explain", "m.safetensors", "p.npz", "--out", "f.png", "--row", 999)[0] == 2
 
