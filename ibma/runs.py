@@ -572,29 +572,38 @@ def _time_limit(seconds):
             throw(None)
 
 
+def _no_outcome():
+    return {"metrics": {}, "error": None, "data_kind": None, "device": None, "guarantee": None, "exception": None}
+
+
+def _outcome_of(result):
+    """What a run returned, checked."""
+    outcome = _no_outcome()
+    if isinstance(result, dict) and isinstance(result.get("metrics"), dict):
+        unknown = set(result) - {"metrics", "data_kind", "device", "guarantee"}
+        if unknown:
+            raise ValueError(f"run returned {sorted(unknown)} beside its metrics; allowed are data_kind, device and guarantee")
+        device = result.get("device")
+        outcome.update(data_kind=result.get("data_kind"), device=None if device is None else str(device), guarantee=result.get("guarantee"))
+        result = result["metrics"]
+    if outcome["data_kind"] not in (None, *DATA_KINDS):
+        raise ValueError(f"data_kind {outcome['data_kind']!r}{_close(outcome['data_kind'], DATA_KINDS)}")
+    return outcome | {"metrics": _clean_metrics(result)}
+
+
 def _attempt(index, run, config, keep_exception, time_limit=None, notes=None):
     """Run one configuration and say what came out; every Exception becomes part of the outcome. Also runs in a worker process.
 
     notes: folder where a worker leaves word of what it began and finished, in case another one takes the pool down with it.
     """
     _leave_word(notes, f"{index}.begun", "")
-    start = time.perf_counter()
-    outcome = {"metrics": {}, "error": None, "data_kind": None, "device": None, "guarantee": None, "exception": None}
+    start, outcome = time.perf_counter(), _no_outcome()
     try:
         with _time_limit(time_limit):
             result = run(json.loads(json.dumps(config)))     # a copy: what is recorded is what was asked for
-        if isinstance(result, dict) and isinstance(result.get("metrics"), dict):
-            unknown = set(result) - {"metrics", "data_kind", "device", "guarantee"}
-            if unknown:
-                raise ValueError(f"run returned {sorted(unknown)} beside its metrics; allowed are data_kind, device and guarantee")
-            device = result.get("device")
-            outcome.update(data_kind=result.get("data_kind"), device=None if device is None else str(device), guarantee=result.get("guarantee"))
-            result = result["metrics"]
-        if outcome["data_kind"] not in (None, *DATA_KINDS):
-            raise ValueError(f"data_kind {outcome['data_kind']!r}{_close(outcome['data_kind'], DATA_KINDS)}")
-        outcome["metrics"] = _clean_metrics(result)
+        outcome = _outcome_of(result)
     except Exception as exc:                             # not BaseException: Ctrl-C must stop the grid
-        outcome.update(error=_describe_error(exc), data_kind=None, exception=exc if keep_exception else None)
+        outcome.update(error=_describe_error(exc), exception=exc if keep_exception else None)
     outcome["duration_s"] = round(time.perf_counter() - start, 3)
     if notes:
         _leave_word(notes, f"{index}.json", json.dumps(outcome))
@@ -685,6 +694,26 @@ def _outcomes(run, configs, todo, n_jobs, backend=None, time_limit=None):
         shutil.rmtree(notes, ignore_errors=True)
 
 
+def _outcomes_together(run, together, configs, todo, differ, time_limit=None):
+    """(index, outcome) of every configuration of `todo`: groups that are equal but for the names in `differ` by one call of `together`."""
+    groups = {}
+    for i in todo:
+        groups.setdefault(config_hash({name: value for name, value in configs[i].items() if name not in differ}), []).append(i)
+    for group in groups.values():
+        start = time.perf_counter()
+        try:
+            with _time_limit(None if time_limit is None else time_limit * len(group)):
+                results = together(json.loads(json.dumps([configs[i] for i in group]))) if len(group) > 1 else ()
+            if len(results) != len(group) > 1:
+                raise ValueError(f"{len(results)} results of {len(group)} runs")
+            found = [_outcome_of(result) for result in results]
+        except Exception as exc:
+            warnings.warn(f"{len(group)} runs together failed ({_one_line(_describe_error(exc))}): they are run one by one", RuntimeWarning, stacklevel=3)
+            found = []
+        shared = {"duration_s": round((time.perf_counter() - start) / len(group), 3), "together": len(group)}
+        yield from ((i, outcome | shared) for i, outcome in zip(group, found, strict=True)) if found else (_attempt(i, run, configs[i], True, time_limit) for i in group)
+
+
 @contextmanager
 def _claims():
     """A function that claims a run, so that several processes on this machine can share a store without doing a run twice."""
@@ -749,7 +778,7 @@ def _check_grid(configs):
 
 
 def run_grid(store, table, configs, run, *, depends_on=(), data_kind=None, progress=True, n_jobs=1, on_error="record",
-             backend=None, time_limit=None, adopt=None):
+             backend=None, time_limit=None, adopt=None, together=None, differ=("seed",)):
     """Run every configuration that is not finished yet, and return the data frame of exactly these configurations, in their order.
 
     store: `RunStore` or folder; table: name of the table, one grid owns it.
@@ -765,6 +794,10 @@ def run_grid(store, table, configs, run, *, depends_on=(), data_kind=None, progr
     adopt: number of finished runs under older code to repeat, of each group that shares old and new code; where all of them give the same
         metrics again (times aside), the others are taken over under the new key and say so (`adopted`). None: IBMA_ADOPT, else 0.
 
+    together: function of a list of configurations that returns what `run` returns for each, for runs that are faster at once, such as seeds
+        with `ibma.many.fit_many`. It gets those that are to be run and are equal but for the names in `differ`; where it raises, a warning
+        says so and they are run one by one. Records say how many ran together. In this process only.
+
     A run is keyed by configuration and code: finished ones are kept, failed ones are tried again, and a finished run replaces the
     record of the same configuration under older code. Several processes may work on one store: each run is done by one of them. A worker
     that is killed is a failure of its run alone. Raises ValueError for duplicates, a missing seed or an unknown option, OSError where the
@@ -779,12 +812,14 @@ def run_grid(store, table, configs, run, *, depends_on=(), data_kind=None, progr
         raise ValueError(f"on_error {on_error!r}{_close(on_error, ['record', 'raise'])}")
     if data_kind not in (None, *DATA_KINDS):
         raise ValueError(f"data_kind {data_kind!r}{_close(data_kind, DATA_KINDS)}")
+    if together is not None and (n_jobs != 1 or backend not in (None, "loky")):
+        raise ValueError("runs that go together are run in this process: leave n_jobs and backend, or leave together")
     store = store if isinstance(store, RunStore) else RunStore(store)
     configs = list(configs)
     hashes = _check_grid(configs)
     modules = [depends_on(config) if callable(depends_on) else depends_on for config in configs]
     modules = [(names,) if isinstance(names, str) else tuple(names) for names in modules]
-    codes = {used: code_hash(run, *used) for used in set(modules)}
+    codes = {used: code_hash(run, *([together] if together else []), *used) for used in set(modules)}
     keys = [_digest(f"{hashes[i]}-{codes[modules[i]]}") for i in range(len(configs))]
     labels, width = _labels(configs), len(str(len(configs)))
     records, older, place = {}, {}, {key: i for i, key in enumerate(keys)}
@@ -865,7 +900,9 @@ def run_grid(store, table, configs, run, *, depends_on=(), data_kind=None, progr
 
         for part in (samples, todo):
             for indices, wait in (([i for i in part if i not in records], False), (busy, True)):
-                for i, outcome in _outcomes(run, configs, mine(list(indices), wait), n_jobs, backend, time_limit):
+                mine_now = mine(list(indices), wait)
+                for i, outcome in (_outcomes_together(run, together, configs, mine_now, differ, time_limit) if together
+                                   else _outcomes(run, configs, mine_now, n_jobs, backend, time_limit)):
                     keep(i, outcome)
                     let_go(store.path(table, keys[i]))
             busy.clear()

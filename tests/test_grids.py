@@ -191,3 +191,63 @@ def test_a_record_that_finds_place_later_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_write_atomically", once)
     frame = run_grid(tmp_path, "main", [{"seed": s} for s in range(3)], square, progress=False)
     assert len(frame) == len(RunStore(tmp_path).records("main")) == 3
+
+
+# --- runs that go together
+
+
+def doubled(config):
+    if config.get("bad") == config["seed"]:
+        raise ValueError("this one")
+    return {"accuracy": config["seed"] / 10 + config["lr"], "together": 0}
+
+
+def all_doubled(configs):
+    return [{"metrics": doubled(config) | {"together": len(configs)}, "data_kind": "simulated"} for config in configs]
+
+
+def test_runs_that_differ_in_the_seed_go_together(tmp_path):
+    store = RunStore(tmp_path)
+    configs = [{"lr": lr, "seed": seed} for seed in range(3) for lr in (0.0, 5.0)] + [{"lr": 7.0, "seed": 0}]
+    asked = []
+
+    def together(configs):
+        asked.append(configs)
+        return all_doubled(configs)
+
+    frame = run_grid(store, "t", configs, doubled, together=together, progress=False)
+    assert [sorted(c["seed"] for c in group) for group in asked] == [[0, 1, 2], [0, 1, 2]] and [{c["lr"] for c in group} for group in asked] == [{0.0}, {5.0}]
+    assert frame["accuracy"].tolist() == [c["seed"] / 10 + c["lr"] for c in configs] and frame["together"].tolist() == [3] * 6 + [0]
+    records = {(r["config"]["lr"], r["config"]["seed"]): r for r in store.records("t")}
+    assert records[5.0, 2]["together"] == 3 and records[5.0, 2]["data_kind"] == "simulated" and "together" not in records[7.0, 0]
+    asked.clear()
+    run_grid(store, "t", [*configs, {"lr": 0.0, "seed": 9}, {"lr": 0.0, "seed": 8}], doubled, together=together, progress=False)
+    assert [[c["seed"] for c in group] for group in asked] == [[9, 8]]   # finished ones are not repeated
+    # other names may differ: here everything goes together
+    asked.clear()
+    run_grid(RunStore(tmp_path / "other"), "t", configs, doubled, together=together, differ=("seed", "lr"), progress=False)
+    assert [len(group) for group in asked] == [7]
+
+
+def test_results_of_runs_together_are_not_taken_for_those_of_single_runs(tmp_path):
+    configs = [{"lr": 0.0, "seed": seed} for seed in range(2)]
+    run_grid(tmp_path, "t", configs, doubled, progress=False)
+    frame = run_grid(tmp_path, "t", configs, doubled, together=all_doubled, progress=False)
+    assert frame["together"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(lambda configs: [doubled(c) for c in configs], "ValueError: this one"), (lambda configs: [{"a": 1.0}], "1 results of 3 runs"),
+                                             (lambda configs: [{"a": float("nan")}] * 3, "'a' is nan")], ids=["raises", "too few", "undefined"])
+def test_what_fails_together_is_run_one_by_one(tmp_path, wrong, said):
+    configs = [{"lr": 0.0, "seed": seed, "bad": 1} for seed in range(3)]
+    with pytest.warns(RuntimeWarning, match=said):
+        frame = run_grid(tmp_path, "t", configs, doubled, together=wrong, progress=False)
+    assert frame["status"].tolist() == ["finished", "failed", "finished"] and frame["accuracy"].tolist()[::2] == [0.0, 0.2]
+
+
+def test_runs_together_are_run_in_this_process(tmp_path):
+    with pytest.raises(ValueError, match="leave n_jobs and backend"):
+        run_grid(tmp_path, "t", [{"lr": 0.0, "seed": 0}], doubled, together=all_doubled, n_jobs=2)
+    configs = [{"lr": 0.0, "seed": seed} for seed in range(2)]
+    with pytest.warns(RuntimeWarning, match="TimeLimitExceeded"):
+        run_grid(tmp_path, "t", configs, doubled, together=lambda configs: time.sleep(5), time_limit=0.1, progress=False)
