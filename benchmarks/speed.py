@@ -328,7 +328,7 @@ def refresh(quick, threads):
     return rows
 
 
-ONE_EPOCH = """
+ONE_EPOCH = r"""
 import json, re, sys, time, warnings
 from pathlib import Path
 import torch
