@@ -700,18 +700,22 @@ def _outcomes_together(run, together, configs, todo, differ, time_limit=None):
     for i in todo:
         groups.setdefault(config_hash({name: value for name, value in configs[i].items() if name not in differ}), []).append(i)
     for group in groups.values():
+        if len(group) == 1:
+            yield _attempt(group[0], run, configs[group[0]], True, time_limit)
+            continue
         start = time.perf_counter()
         try:
             with _time_limit(None if time_limit is None else time_limit * len(group)):
-                results = together(json.loads(json.dumps([configs[i] for i in group]))) if len(group) > 1 else ()
-            if len(results) != len(group) > 1:
+                results = together(json.loads(json.dumps([configs[i] for i in group])))
+            if len(results) != len(group):
                 raise ValueError(f"{len(results)} results of {len(group)} runs")
             found = [_outcome_of(result) for result in results]
         except Exception as exc:
             warnings.warn(f"{len(group)} runs together failed ({_one_line(_describe_error(exc))}): they are run one by one", RuntimeWarning, stacklevel=3)
-            found = []
+            yield from (_attempt(i, run, configs[i], True, time_limit) for i in group)
+            continue
         shared = {"duration_s": round((time.perf_counter() - start) / len(group), 3), "together": len(group)}
-        yield from ((i, outcome | shared) for i, outcome in zip(group, found, strict=True)) if found else (_attempt(i, run, configs[i], True, time_limit) for i in group)
+        yield from ((i, outcome | shared) for i, outcome in zip(group, found, strict=True))
 
 
 @contextmanager
