@@ -130,6 +130,9 @@ def problems_of(page, browser):
             found.append("no equation was typeset")
     errors = tab.evaluate("[...document.querySelectorAll('mjx-merror, [data-mml-node=merror]')].map(e => e.textContent)")
     broken = tab.evaluate("[...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.src)")
+    tab.set_viewport_size({"width": 390, "height": 900})   # a phone
+    if (width := tab.evaluate("document.documentElement.scrollWidth")) > 392:
+        found.append(f"on a phone the page scrolls sideways, {width} pixels")
     tab.close()
     return found + [f"equation with an error: {e}" for e in errors] + [f"broken image: {b}" for b in broken]
 
