@@ -429,7 +429,7 @@ def _took(count, seconds):
 @app.command(rich_help_panel=RERUN, epilog=_examples("ibma reproduce --dry-run", "ibma reproduce --profile cpu --table 10_benchmark --jobs 2", "ibma reproduce --set epochs=5"))
 def reproduce(
     profile: Annotated[str, typer.Option("--profile", help="smoke (minutes), cpu (hours), paper (a GPU), or another of profiles.yml.")] = "smoke",
-    table: Annotated[list[str], typer.Option("--table", metavar="NAME", help="Only this notebook; may be repeated.")] = None,
+    table: Annotated[list[str], typer.Option("--table", metavar="NAME", help="Only this notebook, or what a table or figure of the paper takes: 2, figure1; may be repeated.")] = None,
     settings: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="A parameter for the notebooks that declare it; may be repeated.")] = None,
     jobs: Jobs = "1",
     store: Annotated[str, typer.Option("--store", metavar="DIR", help="Where runs are recorded, relative to the root.")] = None,

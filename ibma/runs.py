@@ -40,7 +40,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DATA_KINDS", "Page", "ReproductionError", "RunFailed", "RunStore", "TimeLimitExceeded", "code_hash", "config_hash", "parameters_of",
+__all__ = ["DATA_KINDS", "Page", "ReproductionError", "RunFailed", "RunStore", "TimeLimitExceeded", "code_hash", "config_hash", "makers", "parameters_of",
            "plan", "reproduce", "run_grid"]
 
 PACKAGE = Path(__file__).resolve().parent
@@ -1115,15 +1115,47 @@ def _profiles(path, declared):
     return profiles
 
 
-def _select(tables, names):
+def makers(root="."):
+    """Table of results -> names of the notebooks in `nbs/6_reproduction` that run a grid of that name."""
+    found = {}
+    for path in sorted((Path(root) / NOTEBOOKS).glob("*.ipynb")):
+        # either run_grid(RunStore(store), "name", ...), or the name with the function of its runs
+        for name in re.findall(r'RunStore\(store\), \\"(\w+)\\"|\\"(\w+)\\": run_', path.read_text(encoding="utf-8")):
+            found.setdefault(next(filter(None, name)), {})[path.stem] = None
+    return {name: list(pages) for name, pages in found.items()}
+
+
+def _artefacts(root):
+    """Number of a table of the paper, "table2", "figure1" -> its page and the pages that make the runs that it is judged by."""
+    def rows(name):
+        path = Path(root) / "book" / "reference" / f"{name}.csv"
+        return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.is_file() else []
+
+    made_by, judged, found = makers(root), rows("tests"), {}
+    for row in rows("pages"):
+        kind, _, number = row["artefact"].partition(" ")
+        if kind not in ("Table", "Figure") or not row["page"].startswith("6_reproduction/"):
+            continue
+        results = {test["results"] for test in judged if test["claim"] in row["tests"].split("|")}
+        pages = {row["page"].split("/")[1], *(page for name in results for page in made_by.get(name, ()))}
+        found |= {f"{kind.lower()}{number}": pages} | ({number: pages} if kind == "Table" else {})
+    return found
+
+
+def _select(tables, names, root="."):
+    """Names of the notebooks to run: those that make runs come before those that only show them."""
+    working = {page for pages in makers(root).values() for page in pages}
+    names = sorted(names, key=lambda name: name not in working)
     if tables is None:
         return names
-    short = {re.sub(r"^\d+_", "", name): name for name in names} | {name: name for name in names}
-    short |= {name.removeprefix("table"): page for name, page in short.items() if re.fullmatch(r"table\d+", name)}     # "2": table2
+    short = {re.sub(r"^\d+_", "", name): {name} for name in names} | {name: {name} for name in names}
+    short |= {name.removeprefix("table"): pages for name, pages in short.items() if re.fullmatch(r"table\d+", name)}     # "2": table2
+    short |= _artefacts(root)
     for table in tables:
         if table not in short:
             raise ValueError(f"unknown table {table!r}{_close(table, short)}")
-    return [name for name in names if name in {short[table] for table in tables}]
+    chosen = set().union(*(short[table] for table in tables))
+    return [name for name in names if name in chosen]
 
 
 def plan(profile="smoke", tables=None, root=".", store=None, jobs=1, parameters=None):
@@ -1141,7 +1173,7 @@ def plan(profile="smoke", tables=None, root=".", store=None, jobs=1, parameters=
     profiles = _profiles(folder / "profiles.yml", declared)
     if profile not in profiles:
         raise ValueError(f"unknown profile {profile!r}{_close(profile, profiles)}")
-    given, selected = parameters or {}, _select(tables, list(paths))
+    given, selected = parameters or {}, _select(tables, list(paths), root)
     known = {name for page in selected for name in declared[page]} - set(DRIVEN)
     for name in given:
         if name in DRIVEN:
@@ -1247,7 +1279,8 @@ def _execute(page, root, relay, timeout):
 def reproduce(profile="smoke", tables=None, root=".", store=None, jobs=1, progress=True, parameters=None, timeout=None):
     """Execute the notebooks of `nbs/6_reproduction` with the parameters of a profile, and return one dict per notebook.
 
-    profile: a key of `profiles.yml`; tables: only these notebooks (with or without their number), None for all.
+    profile: a key of `profiles.yml`; tables: only these notebooks (with or without their number), or "2", "table2", "figure1" for what the paper's
+        Table 2 or Figure 1 takes: the page and the pages that make its runs. None for all.
     store: folder of the run store, relative to root; default `results` for the profiles cpu and paper, else `.runs/<profile>`.
     jobs: processes per grid, for notebooks that declare `jobs`; parameters: override the profile where a notebook declares them.
     timeout: seconds per cell; default 1800 for smoke, none otherwise.

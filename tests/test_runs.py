@@ -756,6 +756,21 @@ def test_a_table_may_be_named_by_its_number(book):
         plan(root=book, tables=["1"])
 
 
+def test_every_table_of_the_paper_has_a_command_that_makes_its_runs():
+    root = Path(runs.__file__).resolve().parents[1]
+    if not (root / "nbs").is_dir():
+        pytest.skip("an installed package has no notebooks")
+    def asked(table):
+        return [page.name for page in plan(root=root, tables=[table])]
+    assert asked("2") == asked("table2") == ["10_benchmark", "13_table4", "11_table2"], "the page of Table 2 has no runs of its own, and comes last"
+    assert asked("7") == ["05_anomaly"] and asked("16") == ["06_probes"] and asked("8") == ["18_table8"] and asked("figure3") == ["07_gradcam_figures"]
+    assert asked("13") == ["05_anomaly", "14_significance"]
+    assert all(asked(str(number)) for number in range(1, 17))
+    makers = runs.makers(root)
+    assert makers["table9_sizes"] == ["17_table9"] and makers["temperature"] == ["02_temperature"]
+    assert {path.stem for path in (root / "results").glob("*.csv")} <= set(makers), "a table of results that no page makes"
+
+
 def test_what_earlier_runs_of_a_page_took(book):
     def recorded(profile):
         [page] = plan(root=book, profile=profile, tables=["tiny"])
