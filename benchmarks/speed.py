@@ -386,24 +386,24 @@ def seeds(quick, threads):
     data = load("sim-3", n=300 if quick else 1200, seed=0)
     train, valid, test = data.split(seed=0)
     rows, now = [], clock(threads)
-    for name in ("ce", "ibma"):
+    for label, name, options in (("ce", "ce", {}), ("ibma", "ibma", {}), ("ibma, streaming", "ibma", {"loss": {"refresh": "streaming"}})):
         settings = [TrainingConfig(epochs=epochs, lr=1e-3, batch_size=64, seed=s) for s in range(count)]
         best = {"in turn": [], "at once": []}
         for warm in (True, False, False)[: 2 if quick else 3]:
             if warm:  # what is loaded and built once is not counted
-                fit(create(name, data, seed=0), train, config=TrainingConfig(epochs=1))
-                fit_many([create(name, data, seed=0)], train, TrainingConfig(epochs=1))
+                fit(create(name, data, seed=0, **options), train, config=TrainingConfig(epochs=1))
+                fit_many([create(name, data, seed=0, **options)], train, TrainingConfig(epochs=1))
                 continue
-            before, one = now(), [create(name, data, seed=s) for s in range(count)]
+            before, one = now(), [create(name, data, seed=s, **options) for s in range(count)]
             for method, config in zip(one, settings, strict=True):
                 fit(method, train, config=config)
             best["in turn"].append(now() - before)
             before = now()
-            many = [create(name, data, seed=s) for s in range(count)]
+            many = [create(name, data, seed=s, **options) for s in range(count)]
             fit_many(many, train, settings[0], seeds=range(count))
             best["at once"].append(now() - before)
         accuracies = [[evaluate(method, test)["accuracy"] for method in group] for group in (one, many)]
-        rows.append({"method": name, "seeds": count, "epochs": epochs, "batch": 64, "train": len(train), "seconds_in_turn": statistics.median(best["in turn"]), "seconds_at_once": statistics.median(best["at once"]),
+        rows.append({"method": label, "seeds": count, "epochs": epochs, "batch": 64, "train": len(train), "seconds_in_turn": statistics.median(best["in turn"]), "seconds_at_once": statistics.median(best["at once"]),
                      "ratio": statistics.median(b / a for a, b in zip(*best.values(), strict=True)), "accuracy_in_turn": accuracies[0], "accuracy_at_once": accuracies[1]})
         print("  {method}: {seconds_in_turn:.2f} s in turn, {seconds_at_once:.2f} s at once, ratio {ratio:.2f}".format(**rows[-1]), flush=True)
     return rows
