@@ -4,7 +4,7 @@ import torch
 from cases import toy_data
 
 from ibma.data import load
-from ibma.many import fit_many
+from ibma.many import _Stack, fit_many
 from ibma.methods import create
 from ibma.training import TrainingConfig, fit, labelled_rows
 
@@ -93,3 +93,20 @@ def test_other_refusals(data):
         fit_many(built("ce", some, (0,)), some, TrainingConfig())
     with pytest.raises(FloatingPointError, match=r"models \[0\]"):
         fit_many(built("ce", data, (0,)), data, TrainingConfig(epochs=3, lr=1e30))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5], ids=["alike", "different"])
+def test_a_stack_computes_what_its_models_compute_whether_their_buffers_agree_or_not(data, shift):
+    methods = built("ce", data, (3, 5))
+    for method in methods:
+        method.model.fit_inputs([data[:]])
+    for encoder in methods[1].model.encoders.values():
+        encoder.scaler.mean += shift
+    batch = data[:7]
+    z, fused, _, logits = _Stack(methods)(batch, shared=True)
+    for s, method in enumerate(methods):
+        expected = method.model(batch.inputs, batch.mask)
+        torch.testing.assert_close(fused[s], expected.fused, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits[s], expected.fused_logits, atol=1e-5, rtol=1e-4)
+        for name in z:
+            torch.testing.assert_close(z[name][s], expected.z[name], atol=1e-5, rtol=1e-4)
