@@ -1,6 +1,6 @@
 """What the bound costs: per step, within a whole step, per epoch, with many samples or classes, and for many seeds at once.
 
-    python benchmarks/speed.py [--parts terms,steps,refresh,scaling,seeds] [--quick] [--threads 1] [--out results/bench.json]
+    python benchmarks/speed.py [--parts terms,compiled,steps,refresh,scaling,seeds] [--quick] [--threads 1] [--out results/bench.json]
 
 Writes one JSON file (parts that are not asked for stay as they were) and prints a table. Forms that are compared take turns, and ratios
 are medians of ratios within one round. With one thread (the default) the clock is the processor time of the process, so that other work
@@ -376,8 +376,55 @@ def scaling(quick, threads):
     return rows
 
 
+def compiled(quick, threads):
+    """The bound as it is written, its definition, and the definition as torch.compile has it: does a compiled graph pay?"""
+    import torch
+    import torch._inductor.config
+
+    from ibma.objective import IBBLoss
+    rows = []
+    for n, classes, dim in [(64, 6, 512)] if quick else [(64, 6, 512), (256, 101, 512)]:
+        for bound in ("paper", "tight"):
+            torch._dynamo.reset()
+            torch._inductor.config.force_disable_caches = True  # a first call, not the second one of this machine
+            z, fused, labels, _ = problem(n, classes, dim, 2)
+            loss = IBBLoss(classes, tuple(z), dim, bound=bound)
+            loss.observe(z, fused, labels)
+            loss.refresh()
+            batch, sources = loss._prepare(z, fused, labels, None), [*z.values(), fused]
+
+            def written(features, loss=loss, batch=batch):  # from the checked batch on, as the two others
+                return loss._terms_of(batch._replace(features=features), False).sum()
+
+            def definition(features, loss=loss, batch=batch):
+                return loss._plain(batch._replace(features=features), False).sum()
+
+            graph = torch.compile(definition)
+            steps = {"written": lambda: torch.autograd.grad(written(sources), sources),  # noqa: B023
+                     "definition": lambda: torch.autograd.grad(definition(sources), sources),  # noqa: B023
+                     "definition, compiled": lambda: torch.autograd.grad(graph(sources), sources)}  # noqa: B023
+            before = time.perf_counter()
+            steps["definition, compiled"]()
+            first = time.perf_counter() - before
+            found = take_turns(steps, 0.2 if quick else 4, threads)
+            rows.append({"bound": bound, "n": n, "classes": classes, "dim": dim, "first_call_seconds": first, "ms": {name: statistics.median(v) for name, v in found.items()},
+                         "definition": ratio(found, "definition", "written"), "compiled": ratio(found, "definition, compiled", "written")})
+            print("  {bound}, n={n}, C={classes}: definition {definition:.2f}, compiled {compiled:.2f} of the time as written; first call {first_call_seconds:.0f} s".format(**rows[-1]), flush=True)
+    return rows
+
+
 def seeds(quick, threads):
     """Ten seeds of a small model on sim-3, in turn and in one program."""
+    import torch
+    rows = []
+    for number in sorted({threads} if quick else {threads, os.cpu_count()}):
+        torch.set_num_threads(number)
+        rows += [{"threads": number, **row} for row in _seeds(quick, number)]
+    torch.set_num_threads(threads)
+    return rows
+
+
+def _seeds(quick, threads):
     from ibma.data import load
     from ibma.many import fit_many
     from ibma.methods import create
@@ -389,7 +436,7 @@ def seeds(quick, threads):
     for label, name, options in (("ce", "ce", {}), ("ibma", "ibma", {}), ("ibma, streaming", "ibma", {"loss": {"refresh": "streaming"}})):
         settings = [TrainingConfig(epochs=epochs, lr=1e-3, batch_size=64, seed=s) for s in range(count)]
         best = {"in turn": [], "at once": []}
-        for warm in (True, False, False)[: 2 if quick else 3]:
+        for warm in (True, False, False, False)[: 2 if quick else 4]:
             if warm:  # what is loaded and built once is not counted
                 fit(create(name, data, seed=0, **options), train, config=TrainingConfig(epochs=1))
                 fit_many([create(name, data, seed=0, **options)], train, TrainingConfig(epochs=1))
@@ -405,11 +452,11 @@ def seeds(quick, threads):
         accuracies = [[evaluate(method, test)["accuracy"] for method in group] for group in (one, many)]
         rows.append({"method": label, "seeds": count, "epochs": epochs, "batch": 64, "train": len(train), "seconds_in_turn": statistics.median(best["in turn"]), "seconds_at_once": statistics.median(best["at once"]),
                      "ratio": statistics.median(b / a for a, b in zip(*best.values(), strict=True)), "accuracy_in_turn": accuracies[0], "accuracy_at_once": accuracies[1]})
-        print("  {method}: {seconds_in_turn:.2f} s in turn, {seconds_at_once:.2f} s at once, ratio {ratio:.2f}".format(**rows[-1]), flush=True)
+        print(f"  {threads} threads, " + "{method}: {seconds_in_turn:.2f} s in turn, {seconds_at_once:.2f} s at once, ratio {ratio:.2f}".format(**rows[-1]), flush=True)
     return rows
 
 
-PARTS = {"terms": terms, "steps": steps, "refresh": refresh, "scaling": scaling, "seeds": seeds}
+PARTS = {"terms": terms, "compiled": compiled, "steps": steps, "refresh": refresh, "scaling": scaling, "seeds": seeds}
 
 
 def machine(threads):

@@ -23,7 +23,7 @@ def one_hot_targets(
     """Target weights: one-hot rows, zero rows for unlabelled samples and unknown labels.
 
     Raises TypeError for fractional class indices, ValueError for a wrong shape or a value outside the task, naming the first offending row.
-    The range is checked on the CPU only: on an accelerator the check would make every training step wait for the device.
+    The range is checked on the CPU only, and not under `torch.func` transforms: on an accelerator the check would make every training step wait for the device.
     """
     labels, known = _indexed_targets(targets, num_classes, multi_label)
     return F.one_hot(labels, 2 if multi_label else num_classes).float() * known.unsqueeze(-1)
@@ -53,7 +53,7 @@ def _indexed_labels(targets, num_labels):
 
 
 def _refuse_rows(bad, targets, allowed):
-    if bad.any():
+    if not torch._C._are_functorch_transforms_active() and bad.any():  # under vmap no value can be looked at
         row = int(bad.nonzero()[0])
         raise ValueError(f"target of row {row} is {targets[row].tolist()}; allowed are {allowed}")
 

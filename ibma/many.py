@@ -17,6 +17,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .data.core import Batch, MultimodalData
+from .data.core import _loader
 from .methods.base import Method
 from .model import known_targets, task_losses
 from .objective import IBBLoss
@@ -58,14 +59,14 @@ class _Stack:
         # The gradient of a matrix comes out of vmap transposed in memory: what is trained lies likewise, which saves copies of all of it
         self._lying = {name for name, p in self.parameters.items() if p.ndim == 3}
         self.parameters = {name: (p.transpose(1, 2).contiguous() if name in self._lying else p).detach().requires_grad_(p.requires_grad) for name, p in self.parameters.items()}
-        # what is the same in all models (the scaling of the inputs) is kept and computed once
-        self.buffers = {name: b[0] if (b == b[:1]).all() else b for name, b in buffers.items()}
-        self._axes = {name: None if b.ndim < buffers[name].ndim else 0 for name, b in self.buffers.items()}
+        self.buffers = {name: b for name, b in buffers.items() if ".scaler." not in name}
         # in evaluation mode PyTorch would choose fused kernels of attention, which know no further axis; nothing else depends on the mode here
         self.skeleton = copy.deepcopy(methods[0].model).to("meta").train()
+        for encoder in self.skeleton.encoders.values():
+            encoder.scaler = nn.Identity()
 
     def __call__(self, batch: Batch, shared: bool = False):
-        "z, fused, logits, fused logits, each with a first axis over models; `shared`: one batch for all."
+        "z, fused, logits, fused logits, each with a first axis over models, of scaled inputs; `shared`: one batch for all."
 
         def forward(parameters, buffers, inputs, mask):
             out = functional_call(self.skeleton, (parameters, buffers), (inputs, mask))
@@ -73,7 +74,7 @@ class _Stack:
 
         where = None if shared else 0
         with sdpa_kernel(SDPBackend.MATH):  # attention as matrix products
-            return vmap(forward, in_dims=(0, self._axes, where, where), randomness="error")(self._weights(), self.buffers, batch.inputs, batch.mask)
+            return vmap(forward, in_dims=(0, 0, where, where), randomness="error")(self._weights(), self.buffers, batch.inputs, batch.mask)
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: p.transpose(1, 2) if name in self._lying else p for name, p in self.parameters.items()}
@@ -87,11 +88,29 @@ class _Stack:
                 p.copy_(weights[name][s])
 
 
-def _stacked(batches: Sequence[Batch]) -> Batch:
-    def joined(values):
-        return {name: torch.stack([v[name] for v in values]) for name in values[0]}
+class _Rows(torch.utils.data.Dataset):
+    "Row numbers in place of samples: what a loader of the samples would draw."
 
-    return Batch(joined([b.inputs for b in batches]), torch.stack([b.target for b in batches]), joined([b.mask for b in batches]), {}, torch.stack([b.id for b in batches]))
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, drawn):
+        return drawn
+
+
+def _scaled(train: MultimodalData, model: nn.Module, device: torch.device) -> Batch:
+    "All training samples, with inputs scaled as `model` does it after fitting its scaling on them."
+    batches = [batch.to(device) for batch in train.loader(512)]
+    model.fit_inputs(batches)
+    inputs = {name: torch.cat([encoder.scaler(batch.inputs[name]) for batch in batches]) for name, encoder in model.encoders.items()}
+    return Batch(inputs, torch.cat([b.target for b in batches]), {name: torch.cat([b.mask[name] for b in batches]) for name in inputs}, {}, torch.cat([b.id for b in batches]))
+
+
+def _rows_of(whole: Batch, rows: Tensor) -> Batch:
+    return Batch({name: x[rows] for name, x in whole.inputs.items()}, whole.target[rows], {name: here[rows] for name, here in whole.mask.items()}, {}, whole.id[rows])
 
 # %% ../nbs/3_model/08_many_seeds.ipynb #d5a97f23
 def _cross_entropy(method: Method, logits: Tensor, target: Tensor, here: Tensor | None) -> Tensor:  # (S, n, outputs) ... -> (S,)
@@ -101,38 +120,88 @@ def _cross_entropy(method: Method, logits: Tensor, target: Tensor, here: Tensor 
     return losses.sum(1) / known_targets(seen, method.task).flatten(1).sum(1).clamp(min=1)
 
 
-def _bounds(methods, z, fused, batch):  # (S,)
-    values = []
-    sliced = zip(methods, fused.unbind(), zip(*(v.unbind() for v in z.values()), strict=True), batch.target.unbind(), strict=True)
-    for s, (method, joint, own, target) in enumerate(sliced):
-        terms = method.ibb.separate(dict(zip(z, own, strict=True)), joint, target, {name: here[s] for name, here in batch.mask.items()})
-        kept = sum(value for name, value in terms.items() if (method.fused_bound if name == "fused" else method.alignment))
-        values.append(method.eta * kept)
-    return torch.stack(values)
+class _Called(nn.Module):
+    "Any method of a loss as a forward pass, which is what `functional_call` calls."
+
+    def __init__(self, loss: IBBLoss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, method, *arguments):
+        return getattr(self.loss, method)(*arguments) or {}  # vmap takes no None
 
 
-def _losses(methods: Sequence[Method], outputs, batch: Batch) -> Tensor:  # (S,)
+class _Bounds:
+    "Bounds of the same settings as one; their statistics are views of a stack until `unstack`."
+
+    def __init__(self, methods: Sequence[Method], rows: list[int]):
+        self.rows, self.losses = rows, [methods[s].ibb for s in rows]
+        chosen = [methods[s] for s in rows]
+        self.everybody = len(rows) == len(methods)
+        self.skeleton = _Called(copy.deepcopy(self.losses[0]))
+        _, self.buffers = stack_module_state(self.losses)
+        device = self.losses[0].statistics.present.device
+        self.weights = {fused: torch.tensor([m.eta * (m.fused_bound if fused else m.alignment) for m in chosen], device=device) for fused in (False, True)}
+        self._look_at(lambda name, s: self.buffers[name][s])
+
+    def _look_at(self, part):
+        for s, loss in enumerate(self.losses):
+            for name in self.buffers:
+                owner, _, leaf = name.rpartition(".")
+                setattr(loss.get_submodule(owner), leaf, part(name, s))
+
+    def unstack(self) -> None:
+        self._look_at(lambda name, s: self.buffers[name][s].clone())
+
+    def call(self, method: str, z, fused, batch: Batch, shared: bool = False):
+        def one(buffers, *arguments):
+            return functional_call(self.skeleton, buffers, (method, *arguments))
+
+        buffers, where = {f"loss.{name}": b for name, b in self.buffers.items()}, None if shared else 0
+        z, fused = {name: self._mine(v) for name, v in z.items()}, self._mine(fused)
+        target, mask = (batch.target, batch.mask) if shared else (self._mine(batch.target), {name: self._mine(here) for name, here in batch.mask.items()})
+        return vmap(one, in_dims=(0, 0, 0, where, where))(buffers, z, fused, target, mask)
+
+    def _mine(self, value):
+        return value if self.everybody else value[self.rows]
+
+    def weighted(self, z, fused, batch: Batch) -> Tensor:  # (rows,)
+        return sum(self.weights[name == "fused"] * value for name, value in self.call("separate", z, fused, batch).items())
+
+
+def _losses(methods: Sequence[Method], bounds: Sequence[_Bounds], outputs, batch: Batch) -> Tensor:  # (S,)
     z, fused, logits, fused_logits = outputs
     method, total = methods[0], _cross_entropy(methods[0], fused_logits, batch.target, None)
     if getattr(method, "unimodal_ce", True):
         total = total + sum(_cross_entropy(method, values, batch.target, batch.mask[name]) for name, values in logits.items())
-    return total + _bounds(methods, z, fused, batch) if hasattr(method, "ibb") else total
+    for group in bounds:
+        own = group.weighted(z, fused, batch)
+        total = total + own if group.everybody else total.index_add(0, torch.tensor(group.rows, device=total.device), own)
+    return total
 
 # %% ../nbs/3_model/08_many_seeds.ipynb #ae6473c4
-def _renew(stack: _Stack, batches: Sequence[Batch], first: bool = False) -> None:
+def _grouped(methods: Sequence[Method]) -> list[_Bounds]:
+    if not hasattr(methods[0], "ibb"):
+        return []
+    rows: dict = {}
+    for s, method in enumerate(methods):
+        rows.setdefault((method.ibb.extra_repr(), method.ibb.statistics.momentum), []).append(s)
+    return [_Bounds(methods, members) for members in rows.values()]
+
+
+def _renew(stack: _Stack, bounds: Sequence[_Bounds], whole: Batch, first: bool = False) -> None:
     "New tables and centroids of every model; the first ones always by a pass over the training set."
-    if not hasattr(stack.methods[0], "ibb"):
-        return
-    passing = [first or m.ibb.refresh_mode == "epoch" for m in stack.methods]
-    if any(passing):
+    passing = [group for group in bounds if first or group.losses[0].refresh_mode == "epoch"]
+    if passing:
         with torch.no_grad():
-            for batch in batches:
+            for rows in torch.arange(len(whole.id), device=whole.id.device).split(512):
+                batch = _rows_of(whole, rows)
                 z, fused, _, _ = stack(batch, shared=True)
-                for s, method in enumerate(stack.methods):
-                    if passing[s]:
-                        method.ibb.observe({name: v[s] for name, v in z.items()}, fused[s], batch.target, batch.mask)
-    for method in stack.methods:
-        method.ibb.refresh()
+                for group in passing:
+                    group.call("observe", z, fused, batch, shared=True)
+    for group in bounds:
+        for loss in group.losses:
+            loss.refresh()
 
 
 def fit_many(
@@ -150,27 +219,26 @@ def fit_many(
         raise ValueError(f"{len(methods)} models and {len(seeds)} seeds: pass one seed per model")
     _refuse(methods, train, config)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-    batches = [batch.to(device) for batch in train.loader(512)]
-    methods[0].to(device).model.fit_inputs(batches)  # the scaling of the inputs is the same for all
+    whole = _scaled(train, methods[0].to(device).model, device)
     for method in methods:
         method.to(device).train()
-        for name, encoder in method.model.encoders.items():
+        for name, encoder in method.model.encoders.items():  # the scaling of the inputs is the same for all
             encoder.scaler.load_state_dict(methods[0].model.encoders[name].scaler.state_dict())
     # glibc gives freed memory back above twice the largest block ever freed, and stacked gradients then cost page faults in every step: free one large block
     torch.empty(31 * 2**20, dtype=torch.uint8)
-    stack = _Stack(methods)
-    _renew(stack, batches, first=True)
+    stack, bounds = _Stack(methods), _grouped(methods)
+    _renew(stack, bounds, whole, first=True)
     # the weights of all models no longer fit the cache: one pass over them instead of one per operation
     optimizer = OPTIMIZERS[config.optimizer](list(stack.parameters.values()), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    loaders = [train.loader(config.batch_size, shuffle=True, seed=seed) for seed in seeds]
+    loaders = [_loader(_Rows(len(train)), config.batch_size, True, seed, False) for seed in seeds]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, len(loaders[0]), config))
     history = []
     for epoch in range(config.epochs):
         total = 0.0
         for drawn in zip(*loaders, strict=True):
-            batch = _stacked(drawn).to(device)
+            batch = _rows_of(whole, torch.tensor(drawn, device=device))
             optimizer.zero_grad(set_to_none=True)
-            losses = _losses(methods, stack(batch), batch)
+            losses = _losses(methods, bounds, stack(batch), batch)
             losses.sum().backward()
             optimizer.step()
             schedule.step()
@@ -178,8 +246,9 @@ def fit_many(
         if not total.isfinite().all():
             raise FloatingPointError(f"the loss of models {(~total.isfinite()).nonzero()[:, 0].tolist()} is not finite in epoch {epoch}; lower lr")
         history.append((total / len(train)).tolist())
-        _renew(stack, batches)
-    stack.unstack()
+        _renew(stack, bounds, whole)
+    for part in (stack, *bounds):
+        part.unstack()
     for method in methods:
         method.train()
     return [list(values) for values in zip(*history, strict=True)]

@@ -489,8 +489,11 @@ class _Fast(_Weighted):
 
         return [(rows, functools.partial(make, rows)) for rows in self._rows(len(batch.labels))]
 
+    def _defined(self):  # by the definition: centroids are not constants, or another axis runs through everything
+        return self.bound == "released" or self.statistics.prototypes == "learnable" or torch._C._are_functorch_transforms_active()
+
     def _terms_of(self, batch, watch):
-        if self.bound == "released" or self.statistics.prototypes == "learnable" or torch._C._are_functorch_transforms_active():
+        if self._defined():
             return self._plain(batch, watch)
         return _Product.apply(self._pieces(batch), functools.partial(self._watch, batch) if watch else None, *batch.features)
 
@@ -503,7 +506,7 @@ class _Fast(_Weighted):
     def _observe(self, batch):
         for rows in self._rows(len(batch.labels)):
             part = batch.of(rows)
-            if self.bound == "released" or self.statistics.prototypes == "learnable":
+            if self._defined():
                 phi = torch.stack(self._assign(part.features)).exp()
             else:
                 logits = self._directions(part.features[0].dtype).logits(part.features)[0]
@@ -511,6 +514,18 @@ class _Fast(_Weighted):
             self.statistics.observe(part, phi)
 
 # %% ../nbs/3_model/03_objective.ipynb #e197f31c
+def _uncompiled(function):
+    "Decorator: leave `function` to plain PyTorch where what is around it is compiled."
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
 class IBBLoss(_Fast):
     """The IBB regulariser of IBMA as a module: call it in every step, `refresh()` it after every epoch.
 
@@ -532,6 +547,7 @@ class IBBLoss(_Fast):
         "The terms that the call adds up, each with its gradient: for ablations and weights of one's own. Arguments as in the call."
         return dict(zip(self.statistics.sources, self._step(z, fused, targets, mask).unbind(), strict=self.bound != "released"))
 
+    @_uncompiled
     @full_precision
     def _step(self, z, fused, targets, mask):
         batch, live = self._prepare(z, fused, targets, mask), self.training and torch.is_grad_enabled()
@@ -539,8 +555,7 @@ class IBBLoss(_Fast):
         if live and self.statistics.prototypes == "ema":
             self.statistics.follow(batch)
         self.terms = dict(zip(self.statistics.sources, terms.detach().unbind(), strict=self.bound != "released"))
-        if not torch.compiler.is_compiling():  # a number that changes would be compiled anew
-            self._count(live, terms)
+        self._count(live, terms)
         return terms
 
     def _count(self, live, terms):
@@ -550,6 +565,7 @@ class IBBLoss(_Fast):
             warnings.warn(f"{IMPATIENT} training steps without a refresh(): the loss has no centroids yet, and until then no gradient; call refresh() after each epoch, "
                           "or every few hundred steps where epochs are longer", UserWarning, stacklevel=4)
 
+    @_uncompiled
     @full_precision
     @torch.no_grad()
     def observe(self, z, fused, targets, mask=None) -> None:
@@ -561,6 +577,7 @@ class IBBLoss(_Fast):
         "What the assignments of the last epoch told apart, H(P_Z) - mean H(phi), per modality and \"fused\", in nats: 0 when all samples are assigned alike (collapse)."
         return dict(zip(self.statistics.sources, self.statistics.information.tolist(), strict=True))
 
+    @_uncompiled
     def refresh(self) -> None:
         "End of epoch: new tables and marginals from what was observed, then new centroids (Algorithm 1, lines 13-19). Raises RuntimeError when nothing was observed."
         try:

@@ -27,7 +27,7 @@ class Verdict:
 
     def _repr_markdown_(self) -> str:
         kind = {"reproduced": "tip", "direction only": "note", "not reproduced": "warning"}.get(self.word, "important")
-        return f":::{{{kind}}}\n**Verdict: {self.word}.** {self.reason}\n:::"
+        return f":::{{admonition}} Verdict: {self.word}\n:class: {kind}\n{self.reason}\n:::"
 
 # %% ../nbs/5_evaluation/07_verdicts.ipynb #025d5a55
 def judge(

@@ -925,6 +925,29 @@ def test_under_torch_func_the_definition_is_used():
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"bound": "tight"}, {"bound": "tight", "refresh": "streaming", "prototypes": "ema"}, {"bound": "released"}, {"prototypes": "learnable"}], ids=str)
+def test_within_a_compiled_step_every_refresh_takes_effect(options):
+    # traced, the centroids' version was a constant, and the directions of an earlier epoch were used again
+    losses, labels, found = [build(C, NAMES[:2], D, **options) for _ in range(2)], class_labels(), []
+    for loss, compiled in zip(losses, (False, True), strict=True):
+        torch._dynamo.reset()
+
+        def step(z, fused, loss=loss):
+            return 2 * loss({name: v.tanh() for name, v in z.items()}, fused, labels)
+
+        call, values = torch.compile(step, backend="aot_eager") if compiled else step, []
+        for epoch in range(4):
+            z, fused = features(epoch)
+            value = call(z := leaves(z), fused)
+            values.append((value.detach(), *torch.autograd.grad(value, z.values())))
+            loss.observe(z, fused, labels)
+            loss.refresh()
+        found.append(values)
+    assert len({round(float(value), 6) for value, *_ in found[0]}) >= 3
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, atol=1e-6, rtol=1e-5)
+
+
 def test_a_changed_setting_takes_effect_at_once():
     torch.manual_seed(0)
     loss, fresh = (IBBLoss(3, ("a", "b"), dim=4, temperature=t) for t in (2.0, 0.5))

@@ -53,7 +53,8 @@ def test_it_takes_what_the_tests_give():
     rng = np.random.default_rng(0)
     a = rng.normal(3, 1, 10)
     assert judge(paired_t(a, a - rng.normal(2, 0.1, 10), test_share=0.25), 2.0, same_data=True).word == "reproduced"
-    assert ":::{warning}" in judge(paired_t(a, a + 1 + rng.normal(0, 0.1, 10)))._repr_markdown_()
+    box = judge(paired_t(a, a + 1 + rng.normal(0, 0.1, 10)))._repr_markdown_().splitlines()
+    assert box[:2] == [":::{admonition} Verdict: not reproduced", ":class: warning"] and box[-1] == ":::"
 
 
 def test_a_claim_that_a_loses_is_not_judged_as_one_that_it_wins():
