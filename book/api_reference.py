@@ -3,7 +3,7 @@
     python book/api_reference.py               write book/_generated/api_*.md
 
 A name is public where its module's `__all__` lists it. Signatures are taken from the source, so that the comments which explain the parameters stand where
-their author put them; the page that defines a name, and pages that use it, are found in the notebooks.
+their author put them; the page that defines a name, and pages that import and use it, are found in the notebooks.
 """
 import ast
 import functools
@@ -14,6 +14,7 @@ import pkgutil
 import re
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -27,6 +28,13 @@ PARTS = {   # page -> title, claim, folder of notebooks whose modules it lists, 
     "api_runs": ("Runs and command line", "Grids of runs, the reproduction of tables, and the command `ibma`.", "6_reproduction", ("ibma.runs", "ibma.commands", "ibma.cli")),
 }
 SAFE = re.compile(r"([*_<>\[\]{}\\~|])")
+EMPHASIS = re.compile(r"(?<![\w*`])\\\*(\w(?:[\w ,'-]*\w)?)\\\*(?![\w*])")   # of an escaped text
+VALUE = r"""(?:"[^"`]*"|'[^'`]*'|[+-]?\w(?:[\w.+-]*\w)?)"""
+CODE = re.compile(r"(?<![\w-])--[a-z][a-z-]*(?: [A-Z]+=[A-Z]+)?"            # --option NAME=VALUE
+                  rf"|(?<![\w.])[a-z_][\w.]*\((?:[^()`]*[ (])?[a-z_]\w*={VALUE}[^()`]*\)"   # load("sim-1", n=2000)
+                  rf"|(?<![\w.])[a-z_][\w.]*={VALUE}")                     # eta="auto"
+LONGEST, WIDEST = 8, 150   # lines and columns up to which a constant is printed as it is
+LISTED = 4   # parameters that a docstring goes through, from which on they are a list
 
 
 # ---- what is there ---------------------------------------------------------------------------------------------------------
@@ -81,16 +89,148 @@ def part_of(module: str) -> str:
 
 
 @functools.cache
-def uses(root: Path) -> dict[str, list[str]]:
-    """Name -> notebooks, in reading order, whose own code (not what they export) names it."""
-    found: dict[str, list[str]] = {}
-    for path in sorted((root / "nbs").rglob("*.ipynb")):
-        if any(part.startswith((".", "_")) for part in path.relative_to(root).parts):
+def home_of(module: str, name: str) -> str:
+    """The module that defines a name which `module` may only hand on."""
+    if line_of(module, name) is not None:
+        return module
+    package = module if importlib.util.find_spec(module).submodule_search_locations else module.rpartition(".")[0]
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
+            source = node.module or ""
+            if node.level:
+                source = ".".join([*package.split(".")[:len(package.split(".")) - node.level + 1], *filter(None, [source])])
+            return home_of(source, name) if source.startswith("ibma") else module
+    return module
+
+
+@functools.cache
+def handed_on() -> dict[tuple[str, str], str]:
+    """(module, name) -> the other module whose `__all__` lists the name too, and which defines it."""
+    pairs = [(module, name) for module in modules_of() for name in public_names(module)]
+    return {(module, name): home for module, name in pairs if (home := home_of(module, name)) != module and (home, name) in pairs}
+
+
+class Uses(ast.NodeVisitor):
+    """(module, name) of the package's names that statements use, as they bind and rebind names one after the other."""
+
+    def __init__(self):
+        self.bound, self.found, self.counts = {}, set(), True   # name -> ("ibma.x", None) for a module, ("ibma.x", "name") for a name of it
+
+    def use(self, module: str, name: str):
+        if self.counts and module in self.modules():
+            self.found.add((home_of(module, name), name))
+
+    @staticmethod
+    @functools.cache
+    def modules() -> frozenset[str]:
+        return frozenset([*modules_of(), "ibma"])
+
+    def visit_Import(self, node):
+        for alias in node.names:
+            name = alias.asname or alias.name.split(".")[0]
+            self.bound.pop(name, None)
+            if alias.name.split(".")[0] == "ibma":
+                self.bound[name] = (alias.name if alias.asname else "ibma", None)
+
+    def visit_ImportFrom(self, node):
+        module = node.module or ""
+        for alias in node.names:
+            name = alias.asname or alias.name
+            self.bound.pop(name, None)
+            if module.split(".")[0] == "ibma" and not node.level:
+                if name == "*":
+                    self.bound |= {public: (module, public) for public in public_names(module)}
+                else:
+                    self.bound[name] = (inner, None) if (inner := f"{module}.{alias.name}") in self.modules() else (module, alias.name)
+
+    def visit_Name(self, node):
+        if not isinstance(node.ctx, ast.Load):
+            self.bound.pop(node.id, None)
+        elif self.bound.get(node.id, (None, None))[1]:
+            self.use(*self.bound[node.id])
+
+    def module_at(self, node) -> str | None:
+        """The module that an expression such as `ibma.data` or an alias of it names."""
+        if isinstance(node, ast.Name):
+            module, name = self.bound.get(node.id, (None, None))
+            return None if name else module
+        if isinstance(node, ast.Attribute) and (outer := self.module_at(node.value)):
+            return inner if (inner := f"{outer}.{node.attr}") in self.modules() else None
+        return None
+
+    def visit_Attribute(self, node):
+        if self.module_at(node):
+            return
+        if module := self.module_at(node.value):
+            self.use(module, node.attr)
+        else:
+            self.generic_visit(node)
+
+    def visit_Assign(self, node):
+        for child in (node.value, *node.targets):
+            self.visit(child)
+
+    def visit_For(self, node):
+        for child in (node.iter, node.target, *node.body, *node.orelse):
+            self.visit(child)
+
+    def inside(self, hidden, children):
+        """Visit what has a scope of its own, in which `hidden` names are others."""
+        outer, self.bound = self.bound, {name: what for name, what in self.bound.items() if name not in hidden}
+        for child in children:
+            self.visit(child)
+        self.bound = outer
+
+    def visit_FunctionDef(self, node):
+        arguments = node.args
+        for child in (*node.decorator_list, *arguments.defaults, *filter(None, arguments.kw_defaults), *(a.annotation for a in ast.walk(arguments) if getattr(a, "annotation", None)), *filter(None, [node.returns])):
+            self.visit(child)
+        self.bound.pop(node.name, None)
+        stored = {n.id for child in node.body for n in ast.walk(child) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        self.inside(stored | {a.arg for a in ast.walk(arguments) if isinstance(a, ast.arg)}, node.body)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_Lambda(self, node):
+        for child in (*node.args.defaults, *filter(None, node.args.kw_defaults)):
+            self.visit(child)
+        self.inside({a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)}, [node.body])
+
+    def visit_ClassDef(self, node):
+        for child in (*node.decorator_list, *node.bases, *node.keywords):
+            self.visit(child)
+        self.bound.pop(node.name, None)
+        self.inside((), node.body)
+
+    def comprehension(self, node):
+        self.visit(node.generators[0].iter)
+        hidden = {n.id for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)}
+        parts = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
+        self.inside(hidden, [*parts, *(g.iter for g in node.generators[1:]), *(test for g in node.generators for test in g.ifs)])
+
+    visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = comprehension
+
+
+def used_in(cells: list[str]) -> set[tuple[str, str]]:
+    """(module, name) of what a page imports from the package and uses where a reader sees it: not in cells that it exports or hides."""
+    visitor = Uses()
+    for code in cells:
+        visitor.counts = not re.match(r"(#\s*\|.*\n)*#\s*\|\s*(export|hide\s*$)", code, flags=re.M)
+        try:
+            visitor.visit(ast.parse("\n".join(line for line in code.splitlines() if not line.startswith(("%", "!")))))
+        except SyntaxError:   # a cell of another language
             continue
-        code = [("".join(c["source"])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
-        words = {word for text in code if not re.match(r"#\s*\|\s*export", text) for word in re.findall(r"[A-Za-z_]\w*", text)}
-        for word in words:
-            found.setdefault(word, []).append(path.relative_to(root / "nbs").with_suffix("").as_posix())
+    return visitor.found
+
+
+@functools.cache
+def uses(root: Path) -> dict[tuple[str, str], list[str]]:
+    """(module, name) -> pages of the table of contents, in its order, that use the name."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for page in reading_order(root):
+        cells = json.loads((root / f"nbs/{page}.ipynb").read_text(encoding="utf-8"))["cells"]
+        for pair in used_in(["".join(c["source"]) for c in cells if c["cell_type"] == "code"]):
+            found.setdefault(pair, []).append(page)
     return found
 
 
@@ -114,13 +254,29 @@ def docstring(value) -> str:
 
 
 def markdown(text: str) -> str:
-    """Plain text with `code` in it as Markdown: nothing else has a meaning."""
+    """Plain text with `code` and *emphasis* in it as Markdown: nothing else has a meaning. Options and settings (--resume, eta=0.3) become code."""
     parts = re.split(r"(`[^`\n]*`)", text)
-    return "".join(part if i % 2 else SAFE.sub(r"\\\1", part) for i, part in enumerate(parts))
+    parts = re.split(r"(`[^`\n]*`)", "".join(part if i % 2 else CODE.sub(r"`\g<0>`", part) for i, part in enumerate(parts)))
+    return "".join(part if i % 2 else EMPHASIS.sub(r"*\1*", SAFE.sub(r"\\\1", part.replace(" -> ", " to "))) for i, part in enumerate(parts))
 
 
-def prose(text: str) -> str:
-    return "\n\n".join(markdown(" ".join(line.strip() for line in paragraph.splitlines())) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip())
+def prose(text: str, parameters: tuple[str, ...] = ()) -> str:
+    """Paragraphs as Markdown. Where they go through many of the parameters (`name: what it is; other: ...`), these become a list."""
+    paragraphs = [" ".join(line.strip() for line in paragraph.splitlines()).strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+    names = "|".join(map(re.escape, parameters))
+    items = [re.split(rf"(?:^|(?<=[.;]) )({names}): ", p)[1:] if names and re.match(rf"({names}): ", p) else [] for p in paragraphs]
+    if sum(map(len, items)) < 2 * LISTED:
+        return "\n\n".join(map(markdown, paragraphs))
+    out = ""
+    for paragraph, found in zip(paragraphs, items, strict=True):
+        said = [f"- `{name}`: {markdown(what.strip().removesuffix(';'))}" for name, what in zip(found[::2], found[1::2], strict=True)] or [markdown(paragraph)]
+        out += ("\n" if found and out.rpartition("\n")[2].startswith("- ") else "\n\n") + "\n".join(said)
+    return out.strip()
+
+
+def visible(decorator: str) -> bool:
+    """Whether a decorator says how to call: not where it is about speed or precision."""
+    return bool(re.match(r"@(property|classmethod|staticmethod)$", decorator.strip()))
 
 
 def class_node(cls) -> ast.ClassDef | None:
@@ -142,39 +298,98 @@ def fields(cls) -> str:
     return textwrap.dedent("\n".join("\n".join(lines[n.lineno - 1:n.end_lineno]) for n in annotated))
 
 
+def public_bases(cls) -> list[str]:
+    """Names of the bases, those of a private base in its place."""
+    found = [[] if base is object else public_bases(base) if base.__name__.startswith("_") else [base.__name__] for base in cls.__bases__]
+    return list(dict.fromkeys(sum(found, [])))
+
+
+def constructor(cls) -> tuple[str, ast.FunctionDef] | None:
+    """Module and definition of the `__init__` that names the options: one that only hands *args and **options on does not."""
+    for base in cls.__mro__:
+        node = class_node(base) if base.__module__.startswith("ibma") else None
+        init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None) if node else None
+        if init and (len(init.args.args) > 1 or init.args.kwonlyargs or not init.args.kwarg):
+            return base.__module__, init
+    return None
+
+
+def names_in(arguments: ast.arguments) -> tuple[str, ...]:
+    return tuple(a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs) if a.arg not in ("self", "cls"))
+
+
 def class_text(cls) -> str:
-    node = class_node(cls)
-    bases = ", ".join(base.__name__ for base in cls.__bases__ if not base.__name__.startswith("_") and base is not object)
+    bases, init = ", ".join(public_bases(cls)), constructor(cls)
     code = f"class {cls.__name__}{f'({bases})' if bases else ''}:"
     if inner := fields(cls):
         code += "\n" + textwrap.indent(inner, "    ")
-    else:
-        for base in cls.__mro__:
-            found = class_node(base) if base.__module__.startswith("ibma") else None
-            init = next((n for n in found.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None) if found else None
-            if init:
-                code += "\n" + textwrap.indent(header(base.__module__, init), "    ")
-                break
-    out, seen = [f"```python\n{code}\n```", prose(docstring(cls))], set()
+    elif init:
+        code += "\n" + textwrap.indent(header(*init), "    ")
+    out, seen = [f"```python\n{code}\n```", prose(docstring(cls), names_in(init[1].args) if init else ())], set()
     for base in own_bases(cls):
         node = class_node(base)
         for member in node.body if node else ():
             if isinstance(member, ast.FunctionDef) and not member.name.startswith("_") and member.name not in seen:
                 seen.add(member.name)
-                said = prose(docstring(vars(base).get(member.name).fget if isinstance(vars(base).get(member.name), property) else getattr(base, member.name)))
-                code = re.sub(r"^(@property|@classmethod|@staticmethod|@torch\.no_grad\(\)|@full_precision)\n", lambda m: m[0] if "torch" not in m[1] and "full" not in m[1] else "", header(base.__module__, member))
+                said = prose(docstring(vars(base).get(member.name).fget if isinstance(vars(base).get(member.name), property) else getattr(base, member.name)), names_in(member.args))
+                code = "\n".join(line for line in header(base.__module__, member).splitlines() if not line.startswith("@") or visible(line))
                 out.append(f"```python\n{code}\n```\n\n{said}".rstrip())
     return "\n\n".join(filter(None, out))
 
 
+def without_private(module: str, text: str) -> str:
+    """A constant's source with the private constants in it spelled out, where they fit in a line."""
+    private = {n.targets[0].id: ast.get_source_segment(source_of(module), n.value) for n in tree_of(module).body
+               if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and n.targets[0].id.startswith("_")}
+    return re.sub(r"(?<![\w.\"'])_[A-Za-z]\w*", lambda m: private[m[0]] if m[0] in private and len(private[m[0]]) < 60 and "\n" not in private[m[0]] else m[0], text)
+
+
+def entries_of(module: str, node: ast.expr, value) -> tuple[str, list[str], str] | None:
+    """Brackets and entries of a constant that is too long to print; long entries shortened to "..."."""
+    def short(part, limit=60):
+        text = " ".join(ast.get_source_segment(source_of(module), part).split())
+        return text if len(text) <= limit and not re.match(r"_\w+\(", text) else "..."
+
+    def shown(item, limit=60):
+        text = getattr(item, "__name__", None) or (json.dumps(item, ensure_ascii=False) if isinstance(item, str) else repr(item))
+        return text if len(text) <= limit and "<" not in text else "..."
+    if isinstance(node, ast.Dict):
+        return "{", [f"{short(k)}: {short(v)}" if k else f"**{short(v)}" for k, v in zip(node.keys, node.values, strict=True)], "}"
+    if isinstance(node, ast.Tuple | ast.List | ast.Set):
+        left, right = {ast.Tuple: "()", ast.List: "[]", ast.Set: "{}"}[type(node)]
+        return left, [short(item) for item in node.elts], right
+    if isinstance(value, Mapping):
+        return "{", [f"{shown(k)}: {shown(v)}" for k, v in value.items()], "}"
+    if isinstance(value, tuple | list | set | frozenset):
+        left, right = "()" if isinstance(value, tuple) else "[]" if isinstance(value, list) else "{}"
+        return left, [shown(item) for item in (sorted(value, key=repr) if isinstance(value, set | frozenset) else value)], right
+    return None
+
+
 def constant_text(module: str, name: str) -> str:
+    """A constant as the source has it; a long one, or one made by something private, by its first entries."""
     for node in tree_of(module).body:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         if any(isinstance(t, ast.Name) and t.id == name for t in targets):
-            text = ast.get_source_segment(source_of(module), node)
+            text = without_private(module, ast.get_source_segment(source_of(module), node))
+            private = isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name) and node.value.func.id.startswith("_")
             lines = text.splitlines()
-            shown = lines[0] if len(lines) == 1 else lines[0] + " ..."
-            return f"```python\n{shown[:200]}\n```"
+            if private or len(lines) > LONGEST or max(map(len, lines)) > WIDEST:
+                found = entries_of(module, node.value, getattr(importlib.import_module(module), name))
+                if found:
+                    left, entries, right = found
+                    wrapped, whole = [], [f"{entry}," for entry in entries]
+                    for entry in whole:
+                        if wrapped and len(wrapped[-1]) + len(entry) < 110:
+                            wrapped[-1] += f" {entry}"
+                        else:
+                            wrapped.append(f"    {entry}")
+                    cut = [*wrapped[:LONGEST], "    ..."] if len(wrapped) > LONGEST else wrapped
+                    start = text.split("=", 1)[0].rstrip()
+                    text = without_private(module, "\n".join([f"{start} = {left}", *cut, right]))
+                elif len(lines) > 1:
+                    text = f"{lines[0][:WIDEST]} ..."
+            return f"```python\n{text}\n```"
     return f"```python\n{name}\n```"
 
 
@@ -187,7 +402,7 @@ def name_text(module: str, name: str) -> str:
         function = inspect.unwrap(value)
         node = next((n for n in ast.walk(tree_of(function.__module__)) if isinstance(n, ast.FunctionDef) and n.name == function.__name__), None)
         if node:
-            return f"```python\n{header(function.__module__, node)}\n```\n\n{prose(docstring(function))}"
+            return f"```python\n{header(function.__module__, node)}\n```\n\n{prose(docstring(function), names_in(node.args))}"
     return constant_text(module, name)
 
 
@@ -204,18 +419,30 @@ def line_of(module: str, name: str) -> int | None:
 def links(root: Path, module: str, name: str, listed: set[str]) -> str:
     """Where a name is defined, and up to three other pages that use it."""
     defined = notebook_of(module, line_of(module, name))
-    used = [page for page in uses(root).get(name, []) if page in listed and page != defined][:3]
+    used = [page for page in uses(root).get((module, name), []) if page in listed and page != defined][:3]
     said = [f"Defined on {{doc}}`../_staged/{defined}`"] if defined in listed else []
     said += ["used on " + ", ".join(f"{{doc}}`../_staged/{page}`" for page in used)] if used else []
     text = "; ".join(said)
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
+def label(module: str, name: str) -> str:
+    return f"api-{module}-{name}".lower().replace(".", "-").replace("_", "-")
+
+
 def module_text(root: Path, module: str, listed: set[str]) -> str:
-    names = public_names(module)
+    """All names of a module; one that another module defines and lists too is printed there."""
     out = [f"## {module}", prose(docstring(importlib.import_module(module)).split("\n\n")[0])]
-    for name in names:
-        out += [f"### {name}".replace("_", "\\_"), name_text(module, name), links(root, module, name, listed)]
+    targets = {(home, name) for (_, name), home in handed_on().items()}
+    for name in public_names(module):
+        heading = f"### {name}".replace("_", "\\_")
+        if home := handed_on().get((module, name)):
+            out += [heading, f"The one of {{ref}}`{home} <{label(home, name)}>`."]
+            continue
+        text, defined = name_text(module, name), notebook_of(module, line_of(module, name))
+        if defined in listed:
+            text = text.replace("of this page", f"of the page {{doc}}`../_staged/{defined}`")
+        out += [f"({label(module, name)})=" if (module, name) in targets else "", heading, text, links(root, module, name, listed)]
     return "\n\n".join(filter(None, out))
 
 
@@ -248,9 +475,20 @@ def command_text() -> str:
     return "\n\n".join(filter(None, out))
 
 
-def toc_notebooks(root: Path) -> set[str]:
+def reading_order(root: Path) -> list[str]:
+    """Notebooks of the table of contents, as paths under nbs/ without suffix."""
     text = (root / "book/_toc.yml").read_text(encoding="utf-8")
-    return {file.removeprefix("_staged/") for part in yaml.safe_load(text)["parts"] for c in part["chapters"] if (file := c["file"]).startswith("_staged/")}
+    return [file.removeprefix("_staged/") for part in yaml.safe_load(text)["parts"] for c in part["chapters"] if (file := c["file"]).startswith("_staged/")]
+
+
+def toc_notebooks(root: Path) -> set[str]:
+    return set(reading_order(root))
+
+
+def place(module: str) -> tuple:
+    """Order of the modules of a page: the package itself, then those of notebooks as one reads these, then those written by hand."""
+    package, notebook = bool(importlib.util.find_spec(module).submodule_search_locations), notebook_of(module)
+    return not package, notebook is None, notebook or "", module
 
 
 def pages(root: Path) -> dict[str, str]:
@@ -258,7 +496,7 @@ def pages(root: Path) -> dict[str, str]:
     listed, out = toc_notebooks(root), {}
     for page, (title, claim, _, _) in PARTS.items():
         order = [m for m in modules_of() if part_of(m) == page and public_names(m) and m != "ibma.cli"]
-        order.sort(key=lambda m: (notebook_of(m) or "", m))
+        order.sort(key=place)
         body = [module_text(root, module, listed) for module in order]
         out[page] = "\n\n".join([f"# Reference: {title[0].lower()}{title[1:]}", f"> {claim}", *([command_text()] if page == "api_runs" else []), *body]) + "\n"
     return out

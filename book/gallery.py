@@ -7,12 +7,14 @@ import hashlib
 import io
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import nbformat
 import yaml
 
 WIDTH = 480  # pixels of a thumbnail
+CAPTION = 90  # characters of a caption that is taken from the text
 HEADING = re.compile(r"^#{1,6} +(.+?)\s*$", flags=re.M)
 START = """# Figures
 
@@ -22,21 +24,44 @@ START = """# Figures
 """
 
 
-def parts_of(root: Path) -> list[tuple[str, list[str]]]:
-    """Parts of the table of contents with those of their pages that are notebooks."""
+def parts_of(root: Path) -> list[tuple[str, list[tuple[str, str | None]]]]:
+    """Parts of the table of contents with those of their pages that are notebooks, and the names that the side bar gives these."""
     toc = yaml.safe_load((root / "book/_toc.yml").read_text())
-    return [(part["caption"], [c["file"] for c in part["chapters"] if c["file"].startswith("_staged/")]) for part in toc["parts"]]
+    return [(part["caption"], [(c["file"], c.get("title")) for c in part["chapters"] if c["file"].startswith("_staged/")]) for part in toc["parts"]]
+
+
+def sentence(text: str) -> str:
+    """The first sentence of a text, cut to a caption, without what has a meaning in the book only; nothing where it is too short to say something."""
+    text = re.sub(r"^(\*{1,2})[^*]+[.:]\1\s+", "", " ".join(text.split("\n\n")[0].split()))   # "*What to notice.*"
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)|\{[\w:]+\}`[^`]*`|[*`]|^>\s*", lambda m: m[1] or "", re.split(r"(?<=[.!?])\s", text)[0])
+    if not 15 <= len(text) or re.search(r"[$|<:]{1,3}\S*[$|<{]", text):
+        return ""
+    return text if len(text) <= CAPTION else text[:CAPTION].rsplit(" ", 1)[0].rstrip(",;:") + " …"
 
 
 def figures_of(notebook: Path) -> tuple[str, list[tuple[str, bytes]]]:
-    """Title of a page, and its figures with the heading above each."""
-    title, heading, found = notebook.stem, "", []
+    """Title of a page, and its figures, each with a caption: the heading above it, with a number where several share it; before the first heading what is said next."""
+    title, heading, found, waits = "", "", [], False
     for cell in nbformat.read(notebook, as_version=4).cells:
-        if cell.cell_type == "markdown" and (headings := HEADING.findall(cell.source)):
-            title, heading = (headings[0] if not heading else title), headings[-1]
-        if cell.cell_type == "code" and not {"remove-cell", "remove-output"} & set(cell.metadata.get("tags", [])):
-            found += [(heading, base64.b64decode(o.data["image/png"])) for o in cell.outputs if "image/png" in o.get("data", {})]
-    return title, found
+        if cell.cell_type == "markdown":
+            headings = HEADING.findall(cell.source)
+            if waits and not cell.source.lstrip().startswith("#"):
+                found[-1][0], waits = sentence(cell.source) or found[-1][0], False
+            if headings:
+                title, heading, waits = title or headings[0], headings[-1], False
+        elif cell.cell_type == "code" and not {"remove-cell", "remove-output"} & set(cell.metadata.get("tags", [])):
+            for data in (o.get("data", {}) for o in cell.outputs):
+                if "image/png" in data:
+                    found.append([heading, base64.b64decode(data["image/png"])])
+                    waits = heading == title
+                elif waits and "text/markdown" in data:
+                    found[-1][0], waits = sentence(data["text/markdown"]) or found[-1][0], False
+    count, number = Counter(heading for heading, _ in found), Counter()
+    for figure in found:
+        number[figure[0]] += 1
+        if count[figure[0]] > 1:
+            figure[0] = f"{figure[0]}, {number[figure[0]]} of {count[figure[0]]}"
+    return title or notebook.stem, [tuple(figure) for figure in found]
 
 
 def thumbnail(png: bytes) -> bytes:
@@ -53,8 +78,7 @@ def thumbnail(png: bytes) -> bytes:
 
 
 def card(page: str, title: str, heading: str, picture: str) -> str:
-    text = heading if heading != title else title
-    return f":::{{grid-item-card}} {title}\n:img-top: gallery/{picture}\n:link: ../{page}\n:link-type: doc\n{text}\n:::\n"
+    return f":::{{grid-item-card}} {title}\n:img-top: gallery/{picture}\n:link: ../{page}\n:link-type: doc\n{heading}\n:::\n"
 
 
 def write(root: Path) -> int:
@@ -64,14 +88,14 @@ def write(root: Path) -> int:
     sections, kept = [], set()
     for caption, pages in parts_of(root):
         cards = []
-        for page in pages:
+        for page, shown in pages:
             title, figures = figures_of(root / f"book/{page}.ipynb")
             for heading, png in figures:
                 name = f"{Path(page).name}-{hashlib.sha256(png).hexdigest()[:8]}.png"
                 kept.add(name)
                 if not (folder / "gallery" / name).exists():
                     (folder / "gallery" / name).write_bytes(thumbnail(png))
-                cards.append(card(page, title, heading, name))
+                cards.append(card(page, shown or title, heading, name))
         if cards:
             sections.append(f"## {caption}\n\n::::{{grid}} 1 2 3 3\n:gutter: 2\n\n" + "\n".join(cards) + "::::\n")
     for path in (folder / "gallery").glob("*.png"):

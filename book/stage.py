@@ -166,16 +166,21 @@ def translate(nb: NotebookNode, page: str) -> NotebookNode:
     return new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
 
 
+def modules_of(nb: NotebookNode) -> dict[str, str]:
+    """Tag -> module of all exported cells: the one that the cell's directive names (`#| export encoders`), else that of the page."""
+    found = [d for cell in nb.cells if cell.cell_type == "code" for d in split_directives(cell.source)[0]]
+    names = {value or module_of(nb) for name, value in found if name in EXPORTS} - {""}
+    return {"module-" + name.replace(".", "-"): name for name in sorted(names)}
+
+
 def for_book(nb: NotebookNode, page: str) -> NotebookNode:
     """The translated page, its links fitted to book/_staged/, with the labels that name the module of exported cells."""
-    module, nb = module_of(nb), translate(nb, page)
+    modules, nb = modules_of(nb), translate(nb, page)
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(lambda m: m[0].replace("../book/", "../", 1), cell.source)
-    tags = {tag for cell in nb.cells for tag in cell.metadata.get("tags", []) if tag.startswith("module-")}
-    if module and tags:  # a style sheet cannot know the names, so the page carries them; see _static/ibma.css
-        names = {tag: module if tag == "module-" + module.replace(".", "-") else tag.removeprefix("module-") for tag in sorted(tags)}
-        rules = " ".join(f'.tag_{tag} {{ --module: "ibma.{name}"; }}' for tag, name in names.items())
+    if modules:  # a style sheet cannot know the names, so the page carries them; see _static/ibma.css
+        rules = " ".join(f'.tag_{tag} {{ --module: "ibma.{name}"; }}' for tag, name in modules.items())
         nb.cells.append(new_markdown_cell(f"<style>{rules}</style>", id="module-labels"))
     return nb
 

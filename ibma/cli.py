@@ -121,8 +121,9 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; auto t
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Valid = Annotated[float, typer.Option("--valid", metavar="SHARE", help="Share for validation, where the data publish no such part (0: none).")]
 Test = Annotated[float, typer.Option("--test", metavar="SHARE", help="Share kept aside for ibma evaluate, where the data publish no such part (0: none).")]
-Epochs = Annotated[int, typer.Option("--epochs", metavar="N")]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N")]
+Epochs = Annotated[int, typer.Option("--epochs", metavar="N", help="Passes over the training part.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples per step of the optimiser.")]
+PredictBatch = Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples at a time: more take more memory, the result is the same.")]
 Rate = Annotated[float, typer.Option("--lr", metavar="X", help="Learning rate.")]
 Patience = Annotated[int, typer.Option("--patience", metavar="N", help="Keep the best epoch on the validation part, and stop after N epochs without a better one.")]
 Dim = Annotated[int, typer.Option("--dim", metavar="D", help="Width of the representations (the paper: 512).")]
@@ -244,7 +245,7 @@ def predict(
     model: Model, source: Source,
     out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="A .csv, .json, .npz or .parquet file (default: CSV on the screen).")] = None,
     part: PartOrAll = "all", target: Target = None, groups: Groups = None, split: Split = None, root: RawRoot = None, data_option: SetOptions = None,
-    batch_size: BatchSize = 512, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
+    batch_size: PredictBatch = 512, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
 ):
     """Predict with a model file: the class and the probability of each, per sample.
 
@@ -297,7 +298,7 @@ def evaluate(
     resamples: Annotated[int, typer.Option("--resamples", metavar="N", min=10, help="Of the bootstrap.")] = 1000,
     level: Annotated[float, typer.Option("--level", metavar="P", min=0.5, max=0.999, help="Of the interval.")] = 0.95,
     part: Part = "auto", target: Target = None, groups: Groups = None, split: Split = None, root: RawRoot = None, data_option: SetOptions = None,
-    batch_size: BatchSize = 512, device: Device = "auto", as_json: Json = False,
+    batch_size: PredictBatch = 512, device: Device = "auto", as_json: Json = False,
 ):
     """Metrics of a model file, each with a bootstrap interval.
 

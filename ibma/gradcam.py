@@ -595,10 +595,10 @@ def _outline(axis, boxes, style: str) -> None:
 
     if isinstance(boxes, np.ndarray) and boxes.dtype == bool:
         if boxes.any():
-            axis.contour(np.pad(boxes, 1).astype(float), [0.5], colors="cyan", linewidths=1.2, linestyles=style, extent=(-1.5, boxes.shape[1] + 0.5, -1.5, boxes.shape[0] + 0.5))
+            axis.contour(np.pad(boxes, 1).astype(float), [0.5], colors="cyan", linewidths=0.8, linestyles=style, extent=(-1.5, boxes.shape[1] + 0.5, -1.5, boxes.shape[0] + 0.5))
         return
     for x0, y0, x1, y1 in boxes:
-        axis.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=1.2, linestyle=style))
+        axis.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=0.8, linestyle=style))
 
 
 def _of_row(boxes, i: int, frame: int | None):  # what is to be outlined in row i
@@ -647,18 +647,18 @@ def contact_sheet(
             if boxes is not None:
                 _outline(axis, _of_row(boxes, i, frame), "solid")
             if i == 0:
-                axis.set_title(name, fontsize=8)
+                axis.set_title(name, fontsize=9)
         if titles is not None:
-            row[0].set_ylabel(textwrap.fill(str(titles[i]), 22), fontsize=7)
+            row[0].set_ylabel(textwrap.fill(str(titles[i]), 22), fontsize=8)
         if frame is not None:
-            row[0].set_xlabel(f"frame {frame}", fontsize=7, labelpad=1)
+            row[0].set_xlabel(f"frame {frame}", fontsize=8, labelpad=1)
         if texts is not None:
             row[-1].axis("off")
-            row[-1].text(0, 1, textwrap.fill(str(texts[i]), 34), fontsize=7, va="top", transform=row[-1].transAxes)
+            row[-1].text(0, 1, textwrap.fill(str(texts[i]), 34), fontsize=8, va="top", transform=row[-1].transAxes)
     bar = figure.colorbar(ScalarMappable(cmap=cmap), ax=list(grid.flat), shrink=min(1, 1.6 / n + 0.2), pad=0.01)
-    bar.set_label("class activation", fontsize=7)
-    bar.ax.tick_params(labelsize=6)
+    bar.set_label("class activation", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
     if boxes is not None:
-        figure.legend(handles=[Line2D([], [], color="cyan", linewidth=1.2, label="planted")], loc="outside lower left", fontsize=7, frameon=False)
+        figure.legend(handles=[Line2D([], [], color="cyan", linewidth=0.8, label="planted")], loc="outside lower left", fontsize=8, frameon=False)
     plt.close(figure)  # whoever gets it shows it: a notebook, as the value of a cell
     return figure

@@ -128,7 +128,7 @@ def anomaly_metrics(
     positives = int(target.sum())
     if not 0 < positives < len(target):
         raise UndefinedMetric(f"{positives} anomalies among {len(target)} samples: AUROC and F1 need both kinds")
-    # ties at the threshold are split at random order-free: each tied sample counts with the share that fits
+    # ties at the threshold: each tied sample counts with the share that still fits, whatever their order
     weight = _top(score, positives)
     hits = float((weight * target).sum())
     missed = positives - hits

@@ -529,7 +529,7 @@ def _uncompiled(function):
 class IBBLoss(_Fast):
     """The IBB regulariser of IBMA as a module: call it in every step, `refresh()` it after every epoch.
 
-    `bound="paper"` returns Theorem 3.1 and Eq. (11) up to their terms U, which are constant in the encoders; `"tight"` our tighter bound; `"released"` what the authors' code computes
+    `bound="paper"` returns the paper's Theorem 3.1 and Eq. (11) up to their terms U, which are constant in the encoders; `"tight"` our tighter bound; `"released"` what the authors' code computes
     (unit-length features, a centroid and an anti-centroid per class, the table taken from the batch with its gradient, no fused term). All values in nats.
     """
 

@@ -147,14 +147,19 @@ def through_training(snapshots: Sequence[Snapshot], source: str = "fused", epoch
     by_epoch, last = {s.epoch: s for s in snapshots}, max(s.epoch for s in snapshots)
     shown = [e for e in dict.fromkeys(last if e == -1 else e for e in epochs) if e in by_epoch]
     tables = [by_epoch[e].q[source] if label is None else by_epoch[e].q[source][label] for e in shown]
-    fig, axes = plt.subplots(1, len(shown) + 1, figsize=(10, 2.2), width_ratios=[1] * len(shown) + [1.6])
-    for ax, epoch, table in zip(axes, shown, tables, strict=False):
+    fig = plt.figure(figsize=(8, 1.7), layout="constrained")
+    grid = fig.add_gridspec(1, len(shown) + 1, width_ratios=[1] * len(shown) + [1.8])
+    axes = [fig.add_subplot(grid[0, i]) for i in range(len(shown))]
+    for ax, epoch, table in zip(axes, shown, tables, strict=True):
         table_heatmap(table, ax, top=max(float(t.max()) for t in tables))
-        ax.set(title=f"{source}, epoch {epoch}", ylabel="cluster a" if ax is axes[0] else "")
-    own_mass(snapshots).plot(ax=axes[-1])
-    axes[-1].set(title="mean of the diagonal", ylim=(0, None))
-    axes[-1].spines[["top", "right"]].set_visible(False)
-    fig.tight_layout()
+        ax.set_title(f"{source}, epoch {epoch}", fontsize=8)
+        ax.set( ylabel="cluster a" if ax is axes[0] else "")
+    fig.colorbar(axes[-1].images[0], ax=axes, label="Q(a|y)", pad=0.01)
+    line = fig.add_subplot(grid[0, -1])
+    own_mass(snapshots).plot(ax=line)
+    line.set_title("mean of the diagonal", fontsize=8)
+    line.set(ylim=(0, None))
+    line.spines[["top", "right"]].set_visible(False)
     return fig
 
 # %% ../nbs/5_evaluation/06_representations.ipynb #52489678
@@ -186,7 +191,7 @@ def pca_panels(
     rows = {name: torch.ones(len(target), dtype=torch.bool) if mask is None else mask[name] for name in z}
     shown = {name: scale(v[rows[name]]) for name, v in z.items()}
     common = _projection(torch.cat(list(shown.values()))) if shared else None
-    fig, axes = plt.subplots(1, len(z), figsize=(min(10, 3.2 * len(z)), 3), squeeze=False)
+    fig, axes = plt.subplots(1, len(z), figsize=(min(10, 2.55 * len(z)), 2.4), squeeze=False)
     for ax, (name, values) in zip(axes[0], shown.items(), strict=True):
         pca, labels = common or _projection(values), target[rows[name]]
         _scatter(ax, pca.transform(values.double().numpy()), labels.numpy(), class_names)
@@ -194,7 +199,7 @@ def pca_panels(
             for k, point in enumerate(pca.transform(scale(centroids[name]).double().numpy())):
                 ax.plot(*point, "X", ms=8, mec="black", color=f"C{k % 10}")
         ax.set(title=f"{name}: {_seen_share(pca, values):.0%} of variance", xticks=[], yticks=[])
-    if class_names is not None: axes[0, -1].legend(fontsize=7, bbox_to_anchor=(1, 1), loc="upper left")
+    if class_names is not None: axes[0, -1].legend(fontsize=8, markerscale=2.5, bbox_to_anchor=(1, 1), loc="upper left", frameon=False)
     fig.tight_layout()
     return fig
 
@@ -202,7 +207,7 @@ def pca_panels(
 def _scatter(ax, points: np.ndarray, labels: np.ndarray, names) -> None:
     for k in np.unique(labels):
         here = points[labels == k]
-        ax.scatter(here[:, 0], here[:, 1], s=6, alpha=0.6, linewidths=0, color="lightgrey" if k < 0 else f"C{k % 10}", label="unlabelled" if k < 0 else names[k] if names is not None else str(k))
+        ax.scatter(here[:, 0], here[:, 1], s=5, alpha=0.9, linewidths=0, color="lightgrey" if k < 0 else f"C{k % 10}", label="unlabelled" if k < 0 else names[k] if names is not None else str(k))
 
 # %% ../nbs/5_evaluation/06_representations.ipynb #c03891d1
 def assignment_heatmap(log_phi: Tensor, target: Tensor, ax=None, top: float | None = None):  # (n, k), (n,) classes with -1

@@ -10,6 +10,7 @@ __all__ = ['LABELS', 'PRINTED', 'ROLES', 'CONTROLS', 'published', 'as_printed', 
 # %% ../nbs/5_evaluation/09_tables.ipynb #7bea9d52
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -155,7 +156,14 @@ def room(seen: Comparison, margin: float) -> Comparison:
     return Comparison(difference=margin - abs(seen.difference), low=margin - max(abs(seen.low), abs(seen.high)), high=margin - (0 if inside else min(abs(seen.low), abs(seen.high))), pairs=seen.pairs)
 
 # %% ../nbs/5_evaluation/09_tables.ipynb #5852f42c
-_SAYS = {"beats": "above", "lower": "below", "at most": "at the cost claimed beside", "within": "close to"}
+_SAYS = {"beats": "above", "lower": "below"}
+_LEFT = {"at most": "The claimed limit exceeds {a}'s time by", "within": "The claimed margin exceeds the difference of {a} and {b} by"}  # what `cost` and `room` give is no difference
+_BOUNDS = {"vib": "VIB", "apib": "APIB", "club": "CLUB"}
+
+
+def _named(arm: str, column: str = "") -> str:  # in sentences: "omib (no r)" is "OMIB (no r)", 0.5 in a column eta "η = 0.5"
+    first, _, rest = arm.partition(" ")
+    return f"η = {arm}" if column == "eta" else LABELS.get(arm) or f"{_BOUNDS.get(first) or LABELS.get(first, first)} {rest}".rstrip()
 
 
 def answers(row, claimed: float = math.nan, results: str | Path = "results", margin: float = math.nan) -> list[tuple[str, str, Comparison | None, Verdict]] | None:
@@ -171,9 +179,13 @@ def answers(row, claimed: float = math.nan, results: str | Path = "results", mar
         else:
             seen = against(frame, data, *((b, a) if kind == "lower" else (a, b)), metric, scale, 1 - 0.05 / len(there), share)
             if kind.startswith("within"): seen = room(seen, margin)
-        says = next(word for start, word in _SAYS.items() if kind.startswith(start))
-        number = claimed if same and kind in ("beats", "lower") else math.nan
-        out.append((data, b, seen, judge(seen, number, same, row["unit"], f"{data}, {LABELS.get(a, a)} {says} {LABELS.get(b, b)}")))
+        one, other = (_named(arm, row["arms"]) for arm in (a, b))
+        if kind in _SAYS: verdict = judge(seen, claimed if same else math.nan, same, row["unit"], f"{data}, {one} {_SAYS[kind]} {other}")
+        else:
+            verdict = judge(seen, math.nan, same, row["unit"], data)
+            left = next(words for start, words in _LEFT.items() if kind.startswith(start))
+            verdict = replace(verdict, reason=verdict.reason.replace("The difference is", left.format(a=one, b=other), 1))
+        out.append((data, b, seen, verdict))
     return sorted(out, key=lambda found: found[2]["difference"]) or None
 
 # %% ../nbs/5_evaluation/09_tables.ipynb #fadce419
@@ -220,7 +232,7 @@ def show_intervals(table, ax=None):
         ax.plot([row["low"], row["high"]], [i, i], color=colour, lw=1)
         ax.plot(row["difference"], i, "o", ms=4, color=colour)
     ax.axvline(0, color="black", lw=0.8)
-    ax.set_yticks(range(len(table)), table["data"] + ", " + table["metric"] + ", minus " + table["against"], fontsize=7)
+    ax.set_yticks(range(len(table)), table["data"] + ", " + table["metric"] + ", minus " + table["against"], fontsize=8)
     ax.set_ylim(len(table) - 0.5, -0.5)
     ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -8,7 +8,7 @@ __all__ = ['VERDICTS', 'Verdict', 'judge', 'judge_together']
 # %% ../nbs/5_evaluation/07_verdicts.ipynb #7137238d
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .significance import Comparison
 
@@ -21,6 +21,7 @@ class Verdict:
     "One of VERDICTS, and why."
     word: str
     reason: str
+    high: float = field(default=math.inf, repr=False, compare=False)   # of the interval that decided: where words agree, the lowest is the weakest
 
     def __post_init__(self):
         if self.word not in VERDICTS: raise ValueError(f"verdict {self.word!r}: known are {', '.join(VERDICTS)}")
@@ -44,23 +45,23 @@ def judge(
     if not low <= d <= high: raise ValueError(f"difference {d:g} lies outside its interval [{low:g}, {high:g}]")
     seen = f"{d:+.2f} {unit} [{low:+.2f}, {high:+.2f}]{f' on {data}' if data else ''}"
     if low > 0:
-        if not same_data: return Verdict("direction only", f"The difference is {seen}; other data than the paper's, so its number is not tested.")
-        if math.isnan(claimed) or low <= claimed <= high: return Verdict("reproduced", f"The difference is {seen}.")
-        return Verdict("direction only", f"The difference is {seen}, and {claimed:+.2f} were published.")
+        if not same_data: return Verdict("direction only", f"The difference is {seen}; other data than the paper's, so its number is not tested.", high)
+        if math.isnan(claimed) or low <= claimed <= high: return Verdict("reproduced", f"The difference is {seen}.", high)
+        return Verdict("direction only", f"The difference is {seen}, and {claimed:+.2f} were published.", high)
     if high < 0: why = "the other way round"
     elif not math.isnan(claimed) and high < claimed / 2: why = f"less than half of the published {claimed:+.2f} at most"
     elif math.isnan(claimed): why = "zero is not excluded"
     else: why = f"neither zero nor half of the published {claimed:+.2f} is excluded: too few runs to say"
-    return Verdict("not reproduced", f"The difference is {seen}: {why}.")
+    return Verdict("not reproduced", f"The difference is {seen}: {why}.", high)
 
 # %% ../nbs/5_evaluation/07_verdicts.ipynb #3773cd44
 def judge_together(
     verdicts: Iterable[Verdict],
 ) -> Verdict:
-    "The verdict on a claim that rests on several comparisons: the weakest one. Those without runs do not count unless all are."
+    "The verdict on a claim that rests on several comparisons: the weakest one, of the same word the one with the lowest upper end. Those without runs do not count unless all are."
     verdicts = list(verdicts)
     tested = [v for v in verdicts if v.word != VERDICTS[0]]
     if not tested: return verdicts[0] if verdicts else judge(None)
-    weakest = min(tested, key=lambda v: VERDICTS.index(v.word))
+    weakest = min(tested, key=lambda v: (VERDICTS.index(v.word), v.high))
     counts = ", ".join(f"{sum(v.word == word for v in verdicts)} × {word}" for word in reversed(VERDICTS) if any(v.word == word for v in verdicts))
-    return weakest if len(verdicts) == 1 else Verdict(weakest.word, f"Of {len(verdicts)} comparisons: {counts}. The weakest: {weakest.reason}")
+    return weakest if len(verdicts) == 1 else Verdict(weakest.word, f"Of {len(verdicts)} comparisons: {counts}. The weakest: {weakest.reason[:1].lower()}{weakest.reason[1:]}", weakest.high)

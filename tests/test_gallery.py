@@ -43,3 +43,24 @@ def test_every_visible_figure_is_shown_and_old_ones_go(tmp_path):
 
     save(tmp_path, "_staged/1/a", new_markdown_cell("# Page A"), new_code_cell("x", outputs=[picture("red")]))
     assert gallery.write(tmp_path) == 1 and len(list((tmp_path / "book/_generated/gallery").iterdir())) == 1
+
+
+def test_every_card_says_which_figure_it_is(tmp_path):
+    """The name of the page as in the side bar, a number for figures under one heading, and the text for one before the first heading."""
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book/_toc.yml").write_text("root: intro\nparts:\n  - caption: Start\n    chapters:\n      - file: _staged/a\n        title: Quick start\n")
+    found = new_output("display_data", data={"text/markdown": "**What was found.** One sentence that says what was found in this picture. Another."})
+    save(tmp_path, "_staged/a", new_markdown_cell("# ibma\n> claim"), new_code_cell("x", outputs=[picture("red")]), new_code_cell("y", outputs=[found]),
+         new_markdown_cell("## The figures"), new_code_cell("z", outputs=[picture("blue"), picture("green")]), new_markdown_cell("## Alone"), new_code_cell("z", outputs=[picture("white")]))
+    gallery.write(tmp_path)
+    text = (tmp_path / "book/_generated/gallery.md").read_text()
+    assert text.count("{grid-item-card} Quick start\n") == 4 and "ibma\n:::" not in text
+    assert "\nOne sentence that says what was found in this picture.\n:::" in text
+    assert "\nThe figures, 1 of 2\n:::" in text and "\nThe figures, 2 of 2\n:::" in text and "\nAlone\n:::" in text
+
+
+def test_a_caption_is_short_and_plain():
+    assert gallery.sentence("*What to notice.* Six [tones](x.md), `two` runs; all in *boxes*. More.") == "Six tones, two runs; all in boxes."
+    assert gallery.sentence("See.") == "" and gallery.sentence("The loss $a$ and $b$ of all these samples.") == ""
+    long = gallery.sentence("word, " * 50)
+    assert len(long) <= gallery.CAPTION + 2 and long.endswith("word …")

@@ -49,6 +49,13 @@ def test_together_the_weakest_that_was_tested_counts():
     assert "2 × reproduced, 1 × direction only" in judge_together([made["reproduced"], made["direction only"], made["reproduced"]]).reason
 
 
+def test_of_the_same_word_the_one_with_the_lowest_upper_end_is_the_weakest():
+    three = [judge(Comparison(difference=d, low=d - 1, high=d + 1), 3.0, data=name) for d, name in ((0.5, "first"), (-4.0, "second"), (-0.5, "third"))]
+    together = judge_together(three)
+    assert "The weakest: the difference is -4.00 points [-5.00, -3.00] on second" in together.reason
+    assert judge_together([judge_together(three), judge(Comparison(difference=-9.0, low=-9.5, high=-8.5))]).reason.count("-9.00") == 1
+
+
 def test_it_takes_what_the_tests_give():
     rng = np.random.default_rng(0)
     a = rng.normal(3, 1, 10)

@@ -496,16 +496,18 @@ class _Text(str):
     "A string that displays without quotes and escapes."
     def __repr__(self) -> str: return str(self)
 
+def _count(n: int, what: str) -> str: return f"{n} {what}{'s' * (n != 1)}"
+
 def _describe(data: "MultimodalData") -> _Text:
     "Name, kind of data, number of samples, modalities, class counts, groups, splits and licence, one line each."
     task, counts, n = data.task, data.class_counts().tolist(), len(data)
     single, what = data.target.ndim == 1, {"multi_label": "labels", "regression": "bins", "one_class": "pseudo-classes"}.get(task.kind, "classes")
-    absent = {name: f" absent in {int((~present).sum())}" if not present.all() else "" for name, present in data.mask.items()}
-    title = f"{data.name}: {data.data_kind} data, {n} samples, {task.kind}, {task.num_classes} {what}"
+    absent = {name: f" absent in {_count(int((~present).sum()), 'sample')}" if not present.all() else "" for name, present in data.mask.items()}
+    title = f"{data.name}: {data.data_kind} data, {_count(n, 'sample')}, {task.kind}, {task.num_classes} {what}"
     lines = {
         "modalities": ", ".join(f"{name} {m.kind} {m.shape}{absent[name]}" for name, m in task.modalities.items()),
         "counts": ", ".join(f"{task.class_name(i)}: " + (f"{c}" if single else f"{c[1]} of {sum(c)}") for i, c in enumerate(counts)),
-        "unlabelled": f"{int(data.target.isnan().sum())} label values" if not single else f"{int(((data.target == -1) if task.kind != 'regression' else data.target.isnan()).sum())} samples",
+        "unlabelled": _count(int(data.target.isnan().sum()), "label value") if not single else _count(int(((data.target == -1) if task.kind != "regression" else data.target.isnan()).sum()), "sample"),
         "groups": "none given" if data.groups is None else f"{len(data.groups.unique())}",
         "splits": ", ".join(f"{name} {len(rows)}" for name, rows in data.splits.items()) if data.splits else "none published",
         "licence": data.licence,

@@ -23,7 +23,7 @@ def gap_as_coded(observed: Tensor, represented: Tensor, task: Task) -> Tensor:  
 
 
 class DMIB(OwnFusion):
-    "Dynamic multimodal information bottleneck (Fang et al. 2023): a deterministic bottleneck whose prediction must equal the observation's."
+    "Dynamic multimodal information bottleneck (Fang et al. 2024): a deterministic bottleneck whose prediction must equal the observation's."
 
     def __init__(
         self,

@@ -83,7 +83,7 @@ class MMRLIB(OwnFusion):
         self,
         task: Task,
         align: float = 1.0,  # β1, weight of the discriminator's loss
-        beta: float = 1.0,  # β2 = β3, weight of each modality's KL
+        beta: float = 1.0,  # β2, weight of each modality's KL
         tokens: int = 4,
         heads: int = 8,
         score: str = "concat",  # of the discriminator: "concat" | "bilinear"

@@ -457,7 +457,7 @@ def test_loader_without_batches(options):
 def test_single_sample_works_throughout():
     data = make({"a": np.ones((1, 2))}, [0])
     assert order(data.loader(4, shuffle=True)) == [[0]] and data[0].inputs["a"].shape == (1, 2)
-    assert data.class_counts().tolist() == [1] and "1 samples" in data.describe()
+    assert data.class_counts().tolist() == [1] and "1 sample, single_label" in data.describe()
 
 
 # ---------------------------------------------------------------- words
@@ -471,8 +471,8 @@ def test_describe_and_repr():
     data = make(arrays(), [*labels(11), -1], groups=np.arange(12) // 3, mask={"image": np.arange(12) > 1}, splits={"test": [0, 1]},
                 name="toy", licence="CC0", class_names=["x", "y", "z"])
     text = data.describe()
-    for words in ("toy: user data, 12 samples, single_label, 3 classes", "audio vector (3,)", "image image (1, 4, 5) absent in 2",
-                  "x: 4, y: 4, z: 3", "1 samples", "test 2", "CC0"):
+    for words in ("toy: user data, 12 samples, single_label, 3 classes", "audio vector (3,)", "image image (1, 4, 5) absent in 2 samples",
+                  "x: 4, y: 4, z: 3", "1 sample\n", "test 2", "CC0"):
         assert words in text, words
     assert repr(text) == str(text) and len(repr(data)) < 140 and "toy" in repr(data)
     assert "edema: 1 of 2" in make({"a": np.ones((3, 1))}, [[0, 1], [1, 0], [np.nan, 1]], class_names=["edema", "b"]).describe()
