@@ -31,11 +31,13 @@ def parts_of(root: Path) -> list[tuple[str, list[tuple[str, str | None]]]]:
 
 
 def sentence(text: str) -> str:
-    """The first sentence of a text, cut to a caption, without what has a meaning in the book only; nothing where it is too short to say something."""
-    text = re.sub(r"^(\*{1,2})[^*]+[.:]\1\s+", "", " ".join(text.split("\n\n")[0].split()))   # "*What to notice.*"
+    """A caption from a text: its first sentence without markup; of a long one the bold words before it, or its start; nothing where it is too short or has formulas."""
+    lead, text = re.match(r"(?:(\*{1,2})([^*]+)[.:]\1\s+)?(.*)", " ".join(text.split("\n\n")[0].split())).group(2, 3)   # "*What to notice.* Six tones, ..."
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)|\{[\w:]+\}`[^`]*`|[*`]|^>\s*", lambda m: m[1] or "", re.split(r"(?<=[.!?])\s", text)[0])
-    if not 15 <= len(text) or re.search(r"[$|<:]{1,3}\S*[$|<{]", text):
+    if len(text) < 15 or re.search(r"[$|<{]|:::", text):
         return ""
+    if len(text) > CAPTION and lead and "notice" not in lead.lower():
+        return lead.split(",")[0]
     return text if len(text) <= CAPTION else text[:CAPTION].rsplit(" ", 1)[0].rstrip(",;:") + " …"
 
 

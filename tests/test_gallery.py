@@ -62,5 +62,6 @@ def test_every_card_says_which_figure_it_is(tmp_path):
 def test_a_caption_is_short_and_plain():
     assert gallery.sentence("*What to notice.* Six [tones](x.md), `two` runs; all in *boxes*. More.") == "Six tones, two runs; all in boxes."
     assert gallery.sentence("See.") == "" and gallery.sentence("The loss $a$ and $b$ of all these samples.") == ""
+    assert gallery.sentence("**What was found, in two sentences.** " + "word " * 50) == "What was found"
     long = gallery.sentence("word, " * 50)
     assert len(long) <= gallery.CAPTION + 2 and long.endswith("word …")
