@@ -175,10 +175,14 @@ def modules_of(nb: NotebookNode) -> dict[str, str]:
 
 def for_book(nb: NotebookNode, page: str) -> NotebookNode:
     """The translated page, its links fitted to book/_staged/, with the labels that name the module of exported cells."""
-    modules, nb = modules_of(nb), translate(nb, page)
+    modules, nb, heading = modules_of(nb), translate(nb, page), ""
     for cell in nb.cells:
         if cell.cell_type == "markdown":
+            headings = re.findall(r"^#+ (.+)$", cell.source, flags=re.M)
+            heading = re.sub(r"\{[a-z:]+\}|[`*$\\]", "", headings[-1]).strip() if headings else heading
             cell.source = LINK.sub(lambda m: m[0].replace("../book/", "../", 1), cell.source)
+        elif cell.cell_type == "code" and heading:  # for readers who hear the page: otherwise the name of the picture's file
+            cell.metadata["mystnb"] = {"image": {"alt": f"Figure: {heading}"}} | cell.metadata.get("mystnb", {})
     if modules:  # a style sheet cannot know the names, so the page carries them; see _static/ibma.css
         rules = " ".join(f'.tag_{tag} {{ --module: "ibma.{name}"; }}' for tag, name in modules.items())
         nb.cells.append(new_markdown_cell(f"<style>{rules}</style>", id="module-labels"))

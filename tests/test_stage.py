@@ -123,6 +123,8 @@ def test_book_pages_relink_prose_and_carry_the_names_of_modules():
     assert "[notation](../../notation.md#units), [next](02_next.ipynb), [site](https://example.org/../book/)" in page.cells[0].source
     assert page.cells[-1].source == ('<style>.tag_module-data-core { --module: "ibma.data.core"; } '
                                      '.tag_module-ibb { --module: "ibma.ibb"; }</style>')
+    figures = stage.for_book(notebook(code("x = 1"), new_markdown_cell("# Page\n\n## What $C$ does to {doc}`b`\n\nText."), code("y = 1")), "p").cells
+    assert [c.metadata.get("mystnb") for c in figures if c.cell_type == "code"] == [{"image": {"alt": f"Figure: {heading}"}} for heading in ("Title", "What C does to b")]
     borrowed = stage.for_book(notebook(code("#| export data.core\nx = 1")), "p")  # a page without a module of its own
     assert borrowed.cells[-1].source == '<style>.tag_module-data-core { --module: "ibma.data.core"; }</style>'
     assert stage.for_book(notebook(code("x = 1")), "p").cells[-1].source == "x = 1"
