@@ -4,6 +4,7 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const table of document.querySelectorAll("div.cell_output table")) {
     const heads = [...(table.tHead?.rows ?? [])], rows = [...(table.tBodies[0]?.rows ?? [])];
     if (!rows.length) continue;
+    if (table.id.startsWith("T_")) table.classList.add("dataframe"); // one that a pandas Styler wrote looks like the others
     // the name of the index has a row of its own, otherwise empty: it joins the row above
     const last = heads.at(-1), above = heads.at(-2);
     if (last && above && last.cells.length === above.cells.length) {
