@@ -15,6 +15,7 @@ document.addEventListener("DOMContentLoaded", () => {
         heads.pop();
       }
     }
+    for (const row of rows) for (const cell of row.querySelectorAll("th")) if (cell.textContent.trim().length > 12) cell.classList.add("words");
     // columns counted from the right: cells that span rows are on the left
     const width = Math.min(...rows.map((row) => row.querySelectorAll("td").length));
     for (let k = 1; k <= width; k++) {
